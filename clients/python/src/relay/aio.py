@@ -1,0 +1,157 @@
+"""The asyncio client. `relay.client` is the same without await; `relay._calls` says what each method does."""
+
+import asyncio
+import functools
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, ParamSpec, Self
+
+import grpc
+from google.protobuf.message import Message
+
+from relay import _calls, _channel
+from relay._calls import DEADLINE, Answer, Call, Item, Page
+from relay.errors import from_rpc_error
+from relay.v1 import actions_pb2_grpc, audit_pb2_grpc, auth_pb2_grpc, connections_pb2_grpc
+
+Parameters = ParamSpec("Parameters")
+
+
+def connect(
+    target: str,
+    *,
+    api_key: str,
+    tls: bool | grpc.ChannelCredentials | None = None,
+    insecure: bool = False,
+    interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
+) -> "Relay":
+    """A client of the server at `target`: HOST:PORT, [IPV6]:PORT, dns:///HOST:PORT or unix:PATH.
+
+    Make it where the event loop runs; use it in an `async with` block or close() it. It connects with the first call,
+    and any number of tasks may share it.
+
+    api_key: the key, or another credential that the server takes as "authorization: Bearer".
+    tls: None for TLS with the system's roots, except to localhost, loopback addresses and unix sockets, which get
+        plaintext; True for TLS there too; credentials for roots or client certificates of your own.
+    insecure: allows plaintext to any other host. Whoever sees that traffic has the key.
+    interceptors: outermost first, such as OpenTelemetry's.
+
+    Raises ValueError for a target or key that can't be one, and for plaintext that was not allowed.
+    """
+    endpoint = _channel.endpoint(target, api_key, tls, insecure)
+    if endpoint.credentials is None:
+        channel = grpc.aio.insecure_channel(target, endpoint.options, interceptors=interceptors)
+    else:
+        channel = grpc.aio.secure_channel(target, endpoint.credentials, endpoint.options, interceptors=interceptors)
+    return Relay(channel, endpoint.metadata)
+
+
+class Relay:
+    """The services of one server, behind one channel."""
+
+    def __init__(self, channel: grpc.aio.Channel, metadata: _channel.Metadata) -> None:
+        self._channel = channel
+        self.auth = Auth(channel, metadata)
+        self.connections = Connections(channel, metadata)
+        self.actions = Actions(channel, metadata)
+        self.audit = Audit(channel, metadata)
+
+    async def close(self) -> None:
+        """Closes the channel; calls under way end as Cancelled."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class Service:
+    """What the services share. stub: the generated stub, which sends neither credentials nor a deadline by itself."""
+
+    def __init__(
+        self, stub: Callable[[grpc.aio.Channel], Any], channel: grpc.aio.Channel, metadata: _channel.Metadata
+    ) -> None:
+        self.stub = stub(channel)
+        self._metadata = metadata
+
+    # ASYNC109: the timeout is the call's deadline, which travels to the server.
+    async def call(self, method: str, request: Message, *, timeout: float = DEADLINE) -> Any:  # noqa: ASYNC109
+        """Any unary method of `stub` by its name: with credentials, a deadline and errors from relay.errors."""
+        return await self._send(Call(method, request, timeout))
+
+    async def _send(self, call: Call[Answer]) -> Answer:
+        send: Callable[..., Awaitable[Answer]] = getattr(self.stub, call.method)
+        deadline = time.monotonic() + call.timeout
+        while True:
+            try:
+                return await send(call.request, timeout=deadline - time.monotonic(), metadata=self._metadata)
+            except grpc.RpcError as failure:
+                error = from_rpc_error(failure)
+                pause = call.pause(error, deadline - time.monotonic())
+                if pause is None:
+                    raise error from failure
+            await asyncio.sleep(pause)
+
+    def _unary(self, describe: Callable[Parameters, Call[Answer]]) -> Callable[Parameters, Coroutine[Any, Any, Answer]]:
+        @functools.wraps(describe)
+        async def method(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Answer:
+            return await self._send(describe(*args, **kwargs))
+
+        return method
+
+    def _paged(self, describe: Callable[Parameters, Page[Item]]) -> Callable[Parameters, AsyncIterator[Item]]:
+        @functools.wraps(describe)
+        async def method(*args: Parameters.args, **kwargs: Parameters.kwargs) -> AsyncIterator[Item]:
+            page: Page[Item] | None = describe(*args, **kwargs)
+            while page:
+                answer = await self._send(page)
+                for item in page.items(answer):
+                    yield item
+                page = page.next(answer)
+
+        return method
+
+
+class Auth(Service):
+    """AuthService."""
+
+    def __init__(self, channel: grpc.aio.Channel, metadata: _channel.Metadata) -> None:
+        super().__init__(auth_pb2_grpc.AuthServiceStub, channel, metadata)
+        self.who_am_i = self._unary(_calls.who_am_i)
+        self.create_api_key = self._unary(_calls.create_api_key)
+        self.list_api_keys = self._paged(_calls.list_api_keys)
+        self.revoke_api_key = self._unary(_calls.revoke_api_key)
+
+
+class Connections(Service):
+    """ConnectionsService."""
+
+    def __init__(self, channel: grpc.aio.Channel, metadata: _channel.Metadata) -> None:
+        super().__init__(connections_pb2_grpc.ConnectionsServiceStub, channel, metadata)
+        self.create_webhook = self._unary(_calls.create_webhook)
+        self.get = self._unary(_calls.get_connection)
+        self.list = self._paged(_calls.list_connections)
+
+
+class Actions(Service):
+    """ActionsService."""
+
+    def __init__(self, channel: grpc.aio.Channel, metadata: _channel.Metadata) -> None:
+        super().__init__(actions_pb2_grpc.ActionsServiceStub, channel, metadata)
+        self.list = self._paged(_calls.list_actions)
+        self.preview = self._unary(_calls.preview)
+        self.get_preview = self._unary(_calls.get_preview)
+        self.execute = self._unary(_calls.execute)
+        self.get_execution = self._unary(_calls.get_execution)
+        self.list_executions = self._paged(_calls.list_executions)
+        self.list_attempts = self._paged(_calls.list_attempts)
+
+
+class Audit(Service):
+    """AuditService."""
+
+    def __init__(self, channel: grpc.aio.Channel, metadata: _channel.Metadata) -> None:
+        super().__init__(audit_pb2_grpc.AuditServiceStub, channel, metadata)
+        self.list_events = self._paged(_calls.list_events)

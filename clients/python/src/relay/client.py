@@ -1,0 +1,157 @@
+"""The blocking client. `relay.aio` is the same for asyncio; `relay._calls` says what each method does."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, Self
+
+import grpc
+from google.protobuf.message import Message
+
+from relay import _calls, _channel
+from relay._calls import DEADLINE, Answer, Call, Item, Page
+from relay.errors import from_rpc_error
+from relay.v1 import actions_pb2_grpc, audit_pb2_grpc, auth_pb2_grpc, connections_pb2_grpc
+
+Parameters = ParamSpec("Parameters")
+Interceptor = (
+    grpc.UnaryUnaryClientInterceptor
+    | grpc.UnaryStreamClientInterceptor
+    | grpc.StreamUnaryClientInterceptor
+    | grpc.StreamStreamClientInterceptor
+)
+
+
+def connect(
+    target: str,
+    *,
+    api_key: str,
+    tls: bool | grpc.ChannelCredentials | None = None,
+    insecure: bool = False,
+    interceptors: Sequence[Interceptor] = (),
+) -> "Relay":
+    """A client of the server at `target`: HOST:PORT, [IPV6]:PORT, dns:///HOST:PORT or unix:PATH.
+
+    Use it in a `with` block or close() it. It connects with the first call, and any number of threads may share it.
+
+    api_key: the key, or another credential that the server takes as "authorization: Bearer".
+    tls: None for TLS with the system's roots, except to localhost, loopback addresses and unix sockets, which get
+        plaintext; True for TLS there too; credentials for roots or client certificates of your own.
+    insecure: allows plaintext to any other host. Whoever sees that traffic has the key.
+    interceptors: outermost first, such as OpenTelemetry's.
+
+    Raises ValueError for a target or key that can't be one, and for plaintext that was not allowed.
+    """
+    endpoint = _channel.endpoint(target, api_key, tls, insecure)
+    if endpoint.credentials is None:
+        channel = grpc.insecure_channel(target, endpoint.options)
+    else:
+        channel = grpc.secure_channel(target, endpoint.credentials, endpoint.options)
+    return Relay(grpc.intercept_channel(channel, *interceptors), endpoint.metadata)
+
+
+class Relay:
+    """The services of one server, behind one channel."""
+
+    def __init__(self, channel: grpc.Channel, metadata: _channel.Metadata) -> None:
+        self._channel = channel
+        self.auth = Auth(channel, metadata)
+        self.connections = Connections(channel, metadata)
+        self.actions = Actions(channel, metadata)
+        self.audit = Audit(channel, metadata)
+
+    def close(self) -> None:
+        """Closes the channel; calls under way end as Cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Service:
+    """What the services share. stub: the generated stub, which sends neither credentials nor a deadline by itself."""
+
+    def __init__(self, stub: Callable[[grpc.Channel], Any], channel: grpc.Channel, metadata: _channel.Metadata) -> None:
+        self.stub = stub(channel)
+        self._metadata = metadata
+
+    def call(self, method: str, request: Message, *, timeout: float = DEADLINE) -> Any:
+        """Any unary method of `stub` by its name: with credentials, a deadline and errors from relay.errors."""
+        return self._send(Call(method, request, timeout))
+
+    def _send(self, call: Call[Answer]) -> Answer:
+        send: Callable[..., Answer] = getattr(self.stub, call.method)
+        deadline = time.monotonic() + call.timeout
+        while True:
+            try:
+                return send(call.request, timeout=deadline - time.monotonic(), metadata=self._metadata)
+            except grpc.RpcError as failure:
+                error = from_rpc_error(failure)
+                pause = call.pause(error, deadline - time.monotonic())
+                if pause is None:
+                    raise error from failure
+            time.sleep(pause)
+
+    def _unary(self, describe: Callable[Parameters, Call[Answer]]) -> Callable[Parameters, Answer]:
+        @functools.wraps(describe)
+        def method(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Answer:
+            return self._send(describe(*args, **kwargs))
+
+        return method
+
+    def _paged(self, describe: Callable[Parameters, Page[Item]]) -> Callable[Parameters, Iterator[Item]]:
+        @functools.wraps(describe)
+        def method(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Iterator[Item]:
+            page: Page[Item] | None = describe(*args, **kwargs)
+            while page:
+                answer = self._send(page)
+                yield from page.items(answer)
+                page = page.next(answer)
+
+        return method
+
+
+class Auth(Service):
+    """AuthService."""
+
+    def __init__(self, channel: grpc.Channel, metadata: _channel.Metadata) -> None:
+        super().__init__(auth_pb2_grpc.AuthServiceStub, channel, metadata)
+        self.who_am_i = self._unary(_calls.who_am_i)
+        self.create_api_key = self._unary(_calls.create_api_key)
+        self.list_api_keys = self._paged(_calls.list_api_keys)
+        self.revoke_api_key = self._unary(_calls.revoke_api_key)
+
+
+class Connections(Service):
+    """ConnectionsService."""
+
+    def __init__(self, channel: grpc.Channel, metadata: _channel.Metadata) -> None:
+        super().__init__(connections_pb2_grpc.ConnectionsServiceStub, channel, metadata)
+        self.create_webhook = self._unary(_calls.create_webhook)
+        self.get = self._unary(_calls.get_connection)
+        self.list = self._paged(_calls.list_connections)
+
+
+class Actions(Service):
+    """ActionsService."""
+
+    def __init__(self, channel: grpc.Channel, metadata: _channel.Metadata) -> None:
+        super().__init__(actions_pb2_grpc.ActionsServiceStub, channel, metadata)
+        self.list = self._paged(_calls.list_actions)
+        self.preview = self._unary(_calls.preview)
+        self.get_preview = self._unary(_calls.get_preview)
+        self.execute = self._unary(_calls.execute)
+        self.get_execution = self._unary(_calls.get_execution)
+        self.list_executions = self._paged(_calls.list_executions)
+        self.list_attempts = self._paged(_calls.list_attempts)
+
+
+class Audit(Service):
+    """AuditService."""
+
+    def __init__(self, channel: grpc.Channel, metadata: _channel.Metadata) -> None:
+        super().__init__(audit_pb2_grpc.AuditServiceStub, channel, metadata)
+        self.list_events = self._paged(_calls.list_events)

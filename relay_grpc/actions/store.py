@@ -1,0 +1,362 @@
+"""Previews, executions and attempts in Postgres. Connection first.
+
+The reads and `insert_preview` run in the caller's workspace transaction. `commit`, `complete` and `claim` are one
+statement each, over many rows and workspaces, as relay_worker.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import asyncpg
+
+from relay_grpc.actions.catalogue import Action
+from relay_grpc.actions.execution import MAX_ATTEMPTS, AttemptResult, Transition
+from relay_grpc.audit.event import COLUMNS, Event, as_json
+from relay_grpc.call import Call
+
+if TYPE_CHECKING:
+    from relay_grpc.db import Connection
+
+# The columns of an execution that its callers see, and those of its last finished attempt.
+_EXECUTION = """
+    e.id, e.action_type, e.action_version, e.provider, e.connection_id, e.preview_id, e.idempotency_key,
+    e.status, e.attempt_count, e.next_attempt_at, e.created_at, e.completed_at
+"""
+_ATTEMPT = "a.number, a.started_at, a.finished_at, a.outcome, a.status_code, a.response_excerpt, a.error"
+# What a worker needs to make an attempt: the job, and the secrets that sign it, newest first.
+_SECRETS = """
+    (SELECT json_agg(json_build_object('id', s.id, 'encryption_key_id', s.encryption_key_id,
+                                       'wrapped_key', encode(s.wrapped_key, 'hex'),
+                                       'ciphertext', encode(s.ciphertext, 'hex')) ORDER BY s.id DESC)
+       FROM connection_secrets s
+      WHERE s.connection_id = c.id AND (s.expires_at IS NULL OR s.expires_at > now())) AS secrets
+"""
+
+
+async def insert_preview(
+    connection: "Connection",
+    *,
+    id_: UUID,
+    workspace_id: UUID,
+    caller: str,
+    action: Action,
+    target: asyncpg.Record,
+    parameters: str,
+    params_hash: str,
+    params_prefix: str,
+    digest: str,
+    fingerprint: bytes,
+    shown: Any,
+    ttl: timedelta,
+) -> asyncpg.Record:
+    """target: the connection's row. shown: what else the caller is told, as JSON."""
+    row = await connection.fetchrow(
+        """
+        INSERT INTO previews
+          (id, workspace_id, caller, provider, action_type, action_version, connection_id, connection_version,
+           parameters, params_hash, params_prefix, digest, fingerprint, shown, expires_at)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, now() + $15::interval)
+        RETURNING *
+        """,
+        id_,
+        workspace_id,
+        caller,
+        action.provider,
+        action.name,
+        action.version,
+        target["id"],
+        target["version"],
+        parameters,
+        params_hash,
+        params_prefix,
+        digest,
+        fingerprint,
+        json.dumps(shown),
+        ttl,
+    )
+    assert row is not None  # noqa: S101  # INSERT ... RETURNING
+    return row
+
+
+async def get_preview(connection: "Connection", workspace_id: UUID, caller: str, id_: UUID) -> asyncpg.Record | None:
+    return await connection.fetchrow(
+        "SELECT * FROM previews WHERE workspace_id = $1 AND caller = $2 AND id = $3", workspace_id, caller, id_
+    )
+
+
+async def explain(
+    connection: "Connection", workspace_id: UUID, caller: str, preview_id: UUID, idempotency_key: str
+) -> asyncpg.Record:
+    """What stands in the way of an Execute that `commit` did not carry out: columns are NULL for what is not there."""
+    row = await connection.fetchrow(
+        """
+        SELECT e.id AS execution_id,
+               e.caller = $2 AND e.preview_id = $3 OR e.fingerprint = p.fingerprint AS same_request,
+               p.id AS preview_id, p.execution_id AS used_by, p.digest, p.action_type, p.action_version,
+               p.expires_at <= now() AS expired,
+               c.enabled, c.version = p.connection_version AS same_connection
+          FROM (SELECT) one
+          LEFT JOIN action_executions e ON e.workspace_id = $1 AND e.idempotency_key = $4
+          LEFT JOIN previews p ON p.workspace_id = $1 AND p.caller = $2 AND p.id = $3
+          LEFT JOIN connections c ON c.workspace_id = $1 AND c.id = p.connection_id
+        """,
+        workspace_id,
+        caller,
+        preview_id,
+        idempotency_key,
+    )
+    assert row is not None  # noqa: S101  # a SELECT without FROM has one row
+    return row
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An Execute to carry out. event: its audit event, to be completed from the preview."""
+
+    execution_id: UUID
+    workspace_id: UUID
+    caller: str
+    preview_id: UUID
+    digest: str
+    idempotency_key: str
+    lease_token: UUID
+    event: Event
+    call: Call
+
+
+async def commit(
+    connection: "Connection", orders: Sequence[Order], actions: Sequence[Action], lease: timedelta
+) -> dict[UUID, asyncpg.Record]:
+    """Uses up the previews, makes the executions, leased already, and logs them.
+
+    actions: what may run. Returns the rows to run by execution id; an order without one met a preview that is not
+    there, used, expired or drifted, or an idempotency key that is taken: `explain` tells which.
+    """
+    rows = await connection.fetch(
+        f"""
+        WITH input AS (
+          SELECT * FROM jsonb_to_recordset($1::jsonb) AS i(
+            execution_id uuid, workspace_id uuid, caller text, preview_id uuid, digest text, idempotency_key text,
+            lease_token uuid, traceparent text)
+        ), used AS (
+          UPDATE previews p SET execution_id = i.execution_id
+            FROM input i, connections c
+           WHERE p.id = i.preview_id AND p.workspace_id = i.workspace_id AND p.caller = i.caller
+             AND p.execution_id IS NULL AND p.expires_at > now() AND i.digest IN ('', p.digest)
+             AND (p.action_type, p.action_version) IN (SELECT * FROM unnest($2::text[], $3::int[]))
+             AND c.id = p.connection_id AND c.workspace_id = p.workspace_id
+             AND c.enabled AND c.version = p.connection_version
+             AND NOT EXISTS (SELECT FROM action_executions e
+                              WHERE e.workspace_id = i.workspace_id AND e.idempotency_key = i.idempotency_key)
+          RETURNING p.*, i.idempotency_key, i.lease_token, i.traceparent
+        ), made AS (
+          INSERT INTO action_executions AS e
+            (id, workspace_id, caller, idempotency_key, fingerprint, preview_id, provider, action_type, action_version,
+             connection_id, parameters, traceparent, status, attempt_count, attempt_started_at, lease_token,
+             lease_until)
+          SELECT execution_id, workspace_id, caller, idempotency_key, fingerprint, id, provider, action_type,
+                 action_version, connection_id, parameters, traceparent, 'executing', 1, now(), lease_token, now() + $4
+            FROM used
+          ON CONFLICT ON CONSTRAINT action_executions_idempotency DO NOTHING
+          RETURNING {_EXECUTION}, e.workspace_id, e.parameters, e.traceparent, e.lease_token
+        ), logged AS (
+          INSERT INTO audit_logs ({", ".join(COLUMNS)})
+          SELECT {", ".join(f"u.{name}" if name in _FROM_PREVIEW else f"l.{name}" for name in COLUMNS)}
+            FROM jsonb_populate_recordset(NULL::audit_logs, $5::jsonb) l
+            JOIN made e ON l.target = 'executions/' || e.id
+            JOIN used u ON u.execution_id = e.id
+        )
+        SELECT e.*, c.configuration, {_SECRETS} FROM made e JOIN connections c ON c.id = e.connection_id
+        """,  # noqa: S608  # the names are ours
+        json.dumps(
+            [
+                {
+                    "execution_id": str(order.execution_id),
+                    "workspace_id": str(order.workspace_id),
+                    "caller": order.caller,
+                    "preview_id": str(order.preview_id),
+                    "digest": order.digest,
+                    "idempotency_key": order.idempotency_key,
+                    "lease_token": str(order.lease_token),
+                    "traceparent": order.call.traceparent,
+                }
+                for order in orders
+            ]
+        ),
+        [action.name for action in actions],
+        [action.version for action in actions],
+        lease,
+        as_json([order.event for order in orders]),
+    )
+    return {row["id"]: row for row in rows}
+
+
+_FROM_PREVIEW = ("action_type", "provider", "params_hash", "params_prefix")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An attempt's end to record, by whoever holds the lease."""
+
+    execution_id: UUID
+    lease_token: UUID
+    result: AttemptResult
+    transition: Transition
+    event: Event
+
+
+async def complete(connection: "Connection", completions: Sequence[Completion]) -> dict[UUID, asyncpg.Record]:
+    """Records attempts and what follows from them. Returns the executions as they are now; a lost lease has no row."""
+    rows = await connection.fetch(
+        f"""
+        WITH input AS (
+          SELECT * FROM jsonb_to_recordset($1::jsonb) AS i(
+            execution_id uuid, lease_token uuid, outcome attempt_outcome, status_code int, response_excerpt text,
+            error text, state execution_state, delay float8)
+        ), done AS (
+          UPDATE action_executions e
+             SET status = i.state, lease_token = NULL, lease_until = NULL,
+                 next_attempt_at = CASE WHEN i.state = 'pending' THEN now() + i.delay * interval '1 second' END,
+                 completed_at = CASE WHEN i.state IN ('success', 'failed') THEN now() END
+            FROM input i
+           WHERE e.id = i.execution_id AND e.status = 'executing' AND e.lease_token = i.lease_token
+          RETURNING {_EXECUTION}, e.workspace_id, e.attempt_started_at,
+                    i.outcome, i.status_code, i.response_excerpt, i.error
+        ), attempts AS (
+          INSERT INTO execution_attempts AS a
+            (execution_id, number, workspace_id, started_at, outcome, status_code, response_excerpt, error)
+          SELECT id, attempt_count, workspace_id, attempt_started_at, outcome, status_code, response_excerpt, error
+            FROM done
+          RETURNING a.execution_id, {_ATTEMPT}
+        ), logged AS (
+          INSERT INTO audit_logs ({", ".join(COLUMNS)})
+          SELECT {", ".join(f"l.{name}" for name in COLUMNS)}
+            FROM jsonb_populate_recordset(NULL::audit_logs, $2::jsonb) l
+            JOIN done e ON l.target = 'executions/' || e.id
+        )
+        SELECT {_EXECUTION}, {_ATTEMPT} FROM done e JOIN attempts a ON a.execution_id = e.id
+        """,  # noqa: S608  # the names are ours
+        json.dumps(
+            [
+                {
+                    "execution_id": str(one.execution_id),
+                    "lease_token": str(one.lease_token),
+                    "outcome": one.result.outcome,
+                    "status_code": one.result.status_code,
+                    "response_excerpt": one.result.response_excerpt,
+                    "error": one.result.error,
+                    "state": one.transition.state,
+                    "delay": one.transition.delay.total_seconds(),
+                }
+                for one in completions
+            ]
+        ),
+        as_json([one.event for one in completions]),
+    )
+    return {row["id"]: row for row in rows}
+
+
+async def claim(connection: "Connection", lease_token: UUID, lease: timedelta, limit: int) -> list[asyncpg.Record]:
+    """Leases executions that are due, or whose worker lost its lease, and counts the attempt. Returns rows to run.
+
+    A lost lease leaves an interrupted attempt behind. One that was the last ends the execution as failed: the row comes
+    back with that status and is not to be run.
+    """
+    return await connection.fetch(
+        f"""
+        WITH due AS (
+          SELECT id, status = 'executing' AS interrupted FROM action_executions
+           WHERE status = 'pending' AND next_attempt_at <= now() OR status = 'executing' AND lease_until <= now()
+           ORDER BY coalesce(next_attempt_at, lease_until) LIMIT $3
+             FOR UPDATE SKIP LOCKED
+        ), interrupted AS (
+          INSERT INTO execution_attempts
+            (execution_id, number, workspace_id, started_at, outcome, status_code, response_excerpt, error)
+          SELECT e.id, e.attempt_count, e.workspace_id, e.attempt_started_at, 'interrupted', 0, '',
+                 'the instance that ran it stopped; it may have been delivered'
+            FROM action_executions e JOIN due USING (id) WHERE due.interrupted
+        ), claimed AS (
+          UPDATE action_executions e
+             SET (status, attempt_count, attempt_started_at, lease_token, lease_until, completed_at,
+                  next_attempt_at) = (
+                   SELECT CASE WHEN last THEN 'failed' ELSE 'executing' END::execution_state,
+                          CASE WHEN last THEN e.attempt_count ELSE e.attempt_count + 1 END,
+                          CASE WHEN last THEN e.attempt_started_at ELSE now() END,
+                          CASE WHEN NOT last THEN $1::uuid END,
+                          CASE WHEN NOT last THEN now() + $2::interval END,
+                          CASE WHEN last THEN now() END,
+                          NULL::timestamptz
+                     FROM (SELECT e.attempt_count >= $4 AS last) l)
+            FROM due WHERE due.id = e.id
+          RETURNING {_EXECUTION}, e.workspace_id, e.parameters, e.traceparent, e.lease_token
+        )
+        SELECT e.*, c.configuration, {_SECRETS} FROM claimed e JOIN connections c ON c.id = e.connection_id
+        """,  # noqa: S608  # the names are ours
+        lease_token,
+        lease,
+        limit,
+        MAX_ATTEMPTS,
+    )
+
+
+async def get_execution(connection: "Connection", workspace_id: UUID, id_: UUID) -> asyncpg.Record | None:
+    """The execution and its last finished attempt."""
+    rows = await list_executions(connection, workspace_id, only=id_, limit=1)
+    return rows[0] if rows else None
+
+
+async def list_executions(
+    connection: "Connection",
+    workspace_id: UUID,
+    *,
+    only: UUID | None = None,
+    states: Sequence[str] = (),
+    action: str = "",
+    connection_id: UUID | None = None,
+    before: UUID | None = None,
+    limit: int,
+) -> list[asyncpg.Record]:
+    """Executions and their last finished attempts, newest first, those older than `before`. Empty filters pass all."""
+    return await connection.fetch(
+        f"""
+        SELECT {_EXECUTION}, {_ATTEMPT}
+          FROM action_executions e
+          LEFT JOIN LATERAL (SELECT * FROM execution_attempts a
+                              WHERE a.workspace_id = $1 AND a.execution_id = e.id
+                              ORDER BY number DESC LIMIT 1) a ON true
+         WHERE e.workspace_id = $1
+           AND ($2::uuid IS NULL OR e.id = $2)
+           AND (cardinality($3::text[]) = 0 OR e.status::text = ANY($3))
+           AND ($4 = '' OR e.action_type = $4)
+           AND ($5::uuid IS NULL OR e.connection_id = $5)
+           AND ($6::uuid IS NULL OR e.id < $6)
+         ORDER BY e.id DESC LIMIT $7
+        """,  # noqa: S608  # the names are ours
+        workspace_id,
+        only,
+        states,
+        action,
+        connection_id,
+        before,
+        limit,
+    )
+
+
+async def list_attempts(
+    connection: "Connection", workspace_id: UUID, execution_id: UUID, *, after: int, limit: int
+) -> list[asyncpg.Record]:
+    """First to last, those after number `after`."""
+    return await connection.fetch(
+        f"""
+        SELECT {_ATTEMPT} FROM execution_attempts a
+         WHERE workspace_id = $1 AND execution_id = $2 AND number > $3 ORDER BY number LIMIT $4
+        """,  # noqa: S608  # the names are ours
+        workspace_id,
+        execution_id,
+        after,
+        limit,
+    )

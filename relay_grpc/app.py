@@ -1,0 +1,256 @@
+"""The composition root: the only place that constructs the parts of a server, and takes them down in reverse."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from relay_grpc import errors
+from relay_grpc.actions.catalogue import CATALOGUE
+from relay_grpc.actions.dispatcher import Dispatcher
+from relay_grpc.actions.egress import Egress, EgressPolicy
+from relay_grpc.actions.providers.webhook import WebhookProvider
+from relay_grpc.actions.service import ActionsService
+from relay_grpc.audit.recorder import Recorder
+from relay_grpc.audit.service import AuditService
+from relay_grpc.auth.service import AuthService
+from relay_grpc.auth.verifier import KeyVerifier
+from relay_grpc.connections.secrets import Vault
+from relay_grpc.connections.service import ConnectionsService
+from relay_grpc.db import Database
+from relay_grpc.interceptors.audit import audit
+from relay_grpc.interceptors.authentication import authentication
+from relay_grpc.interceptors.authorization import authorization
+from relay_grpc.interceptors.base import Layer, register
+from relay_grpc.interceptors.policy import methods
+from relay_grpc.interceptors.rate_limit import rate_limit
+from relay_grpc.interceptors.status import status
+from relay_grpc.interceptors.tracing import tracing
+from relay_grpc.interceptors.validation import validation
+from relay_grpc.ratelimit.limiter import Limiter, LocalLimiter, RedisLimiter
+from relay_grpc.settings import Address, Settings
+from relay_grpc.sidecar import Sidecar
+from relay_grpc.telemetry import Metrics, Tracer, tracer_provider
+
+log = logging.getLogger(__name__)
+MAX_MESSAGE_BYTES = 1024 * 1024
+HOUSEKEEPING_SECONDS = 2.0
+
+CHANNEL_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a port that another server has is taken, not shared
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 8 * 1024),
+    ("grpc.absolute_max_metadata_size", 8 * 1024),
+    ("grpc.max_concurrent_streams", 100),
+    ("grpc.max_connection_idle_ms", 5 * 60_000),
+    ("grpc.max_connection_age_ms", 30 * 60_000),
+    ("grpc.max_connection_age_grace_ms", 30_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+)
+
+
+class StartError(Exception):
+    """The server can't start; the text tells the operator why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """A running server: where it listens, and what tests look at."""
+
+    listen: Address
+    http_listen: Address
+    db: Database
+    metrics: Metrics
+    limiter: Limiter
+    recorder: Recorder
+    health: "Health"
+
+
+class Health(health.aio.HealthServicer):
+    """The standard health service, with the List method that grpcio-health-checking does not implement yet."""
+
+    async def List(self, _request: Any, _context: Any) -> Any:  # noqa: N802  # named by grpc.health.v1
+        return health_pb2.HealthListResponse(  # type: ignore[attr-defined]  # newer than its types
+            statuses={
+                service: health_pb2.HealthCheckResponse(status=status)
+                for service, status in self._server_status.items()  # type: ignore[attr-defined]
+            }
+        )
+
+
+@asynccontextmanager
+async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
+    """Runs a server until the block ends. settings: with key material. Raises StartError and DatabaseUnusable."""
+    api = methods()
+    hash_key = settings.hash_key.get_secret_value().encode() if settings.hash_key else b""
+    async with AsyncExitStack() as stack:
+        metrics = Metrics()
+        tracer = Tracer(_tracer_provider(settings))
+        stack.push_async_callback(tracer.shutdown)
+        db = await Database.open(database_url, production=not settings.is_development)
+        stack.push_async_callback(db.close)
+        limiter = _limiter(settings)
+        stack.push_async_callback(limiter.close)
+        recorder = Recorder(db, hash_key, metrics)
+        stack.push_async_callback(recorder.close)
+        verifier = KeyVerifier(db, metrics)
+        stack.callback(verifier.close)
+        stack.push_async_callback(verifier.note_used)
+        vault = Vault({key.id: key.key for key in settings.encryption_keys})
+        egress = Egress(
+            EgressPolicy(
+                allow_loopback=settings.is_development,
+                https_only=not settings.is_development,
+                allow=settings.egress_allow,
+            )
+        )
+        stack.push_async_callback(egress.close)
+        webhooks = WebhookProvider(egress, settings.attempt_timeout)
+        providers = (webhooks,)
+        dispatcher = Dispatcher(
+            db,
+            vault,
+            providers,
+            CATALOGUE,
+            metrics,
+            lease=settings.lease,
+            sweep_interval=settings.sweep_interval,
+        )
+        stack.push_async_callback(dispatcher.stop, settings.shutdown_grace)
+
+        # Outermost first.
+        layers: list[Layer] = [
+            tracing(tracer, metrics),  # sees every call, and how it ended
+            status,  # so that everything inside may raise
+            audit(recorder),  # outside authentication, so that refusals are recorded too
+            authentication(verifier),
+            authorization,  # before the limit: a refused call costs its workspace nothing
+        ]
+        if settings.rate_limit_enabled:
+            layers.append(
+                rate_limit(
+                    limiter,
+                    metrics,
+                    calls_per_minute=settings.calls_per_minute,
+                    executions_per_minute=settings.executions_per_minute,
+                )
+            )
+        layers.append(validation)  # last: whoever sends bad requests pays for looking at them
+        servicers = {
+            "AuthService": AuthService(db, recorder, verifier, live=not settings.is_development),
+            "ConnectionsService": ConnectionsService(db, recorder, vault, webhooks),
+            "ActionsService": ActionsService(db, recorder, dispatcher, providers, enabled=settings.actions_are_enabled),
+            "AuditService": AuditService(db),
+        }
+        server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        register(server, api, servicers, layers)
+        health_servicer = _add_health(server)
+        services = sorted({method.path.split("/")[1] for method in api.values()})
+        for service in services:
+            await health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+        if settings.reflection_is_on:
+            reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        listen = _listen(server, settings)
+
+        async def ready() -> Mapping[str, bool]:
+            return {"postgres": await db.answers()}
+
+        sidecar = Sidecar(
+            settings.http_listen.host,
+            settings.http_listen.port,
+            metrics=metrics if settings.telemetry_enabled else None,
+            ready=ready,
+        )
+        try:
+            http_port = await sidecar.start()
+        except OSError as error:
+            raise StartError(_taken("RELAY_HTTP_LISTEN", settings.http_listen)) from error
+        stack.push_async_callback(sidecar.stop)
+        await server.start()
+        stack.push_async_callback(server.stop, settings.shutdown_grace)
+        stack.push_async_callback(health_servicer.enter_graceful_shutdown)
+        housekeeping = asyncio.create_task(
+            _housekeeping(db, verifier, recorder, limiter, metrics, health_servicer, services)
+        )
+        stack.callback(housekeeping.cancel)
+        yield App(
+            listen=listen,
+            http_listen=Address(host=settings.http_listen.host, port=http_port),
+            db=db,
+            metrics=metrics,
+            limiter=limiter,
+            recorder=recorder,
+            health=health_servicer,
+        )
+
+
+async def _housekeeping(
+    db: Database,
+    verifier: KeyVerifier,
+    recorder: Recorder,
+    limiter: Limiter,
+    metrics: Metrics,
+    health_servicer: Health,
+    services: list[str],
+) -> None:
+    """What is done now and then: used keys and counted refusals are written down, health follows the database."""
+    while True:
+        await asyncio.sleep(HOUSEKEEPING_SECONDS)
+        try:
+            serving = await db.answers()
+            state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+            for service in ("", *services):
+                await health_servicer.set(service, state)
+            metrics.rate_limiter_degraded.set(limiter.degraded)
+            await verifier.note_used()
+            await recorder.flush()
+        except errors.RelayError as error:
+            log.warning("housekeeping: %s", error)
+        except Exception:
+            log.exception("housekeeping stumbled")
+
+
+def _tracer_provider(settings: Settings) -> Any:
+    if not settings.otel_enabled or not settings.otel_endpoint:
+        return None
+    return tracer_provider(
+        settings.otel_endpoint, sample_ratio=settings.otel_sample_ratio, service_version=version("relay-grpc")
+    )
+
+
+def _limiter(settings: Settings) -> Limiter:
+    local = LocalLimiter()
+    return RedisLimiter(settings.redis_url.get_secret_value(), local) if settings.redis_url else local
+
+
+def _add_health(server: grpc.aio.Server) -> Health:
+    servicer = Health()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    return servicer
+
+
+def _listen(server: grpc.aio.Server, settings: Settings) -> Address:
+    try:
+        if settings.tls_certificate and settings.tls_key:
+            credentials = grpc.ssl_server_credentials(
+                [(settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())],
+                root_certificates=settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None,
+                require_client_auth=settings.tls_client_ca is not None,
+            )
+            port = server.add_secure_port(str(settings.listen), credentials)
+        else:
+            port = server.add_insecure_port(str(settings.listen))
+    except RuntimeError as error:
+        raise StartError(_taken("RELAY_LISTEN", settings.listen)) from error
+    return Address(host=settings.listen.host, port=port)
+
+
+def _taken(name: str, address: Address) -> str:
+    return f"{name}: can't listen on {address}; another program has the port, or the address is not this machine's"

@@ -1,0 +1,166 @@
+"""Workspaces and their first keys, made on the database itself by its operator, as relay_owner."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import asyncpg
+
+from relay_grpc.actions import signing
+from relay_grpc.audit import store as audit
+from relay_grpc.audit.event import SYSTEM_WORKSPACE, ActorType, Event
+from relay_grpc.auth import keys, store
+from relay_grpc.auth.verifier import HASHER
+from relay_grpc.connections import store as connections
+from relay_grpc.connections.secrets import Sealed, Undecryptable, Vault
+from relay_grpc.db import CONNECT_TIMEOUT, OWNER, DatabaseUnusable, reason
+from relay_grpc.ids import uuid7
+from relay_grpc.settings import Settings
+
+if TYPE_CHECKING:
+    from relay_grpc.db import Connection
+
+WEBHOOK_CONNECTION = "default"
+ROLES = ("admin", "developer")
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrapped:
+    """keys: the text of a new key for each role, empty where the workspace existed and none were asked for."""
+
+    workspace_id: UUID
+    keys: dict[str, str]
+
+
+async def bootstrap(
+    url: str, settings: Settings, *, workspace: str = "default", new_keys: bool = False
+) -> Bootstrapped:
+    """Makes the workspace with an admin and a developer key, unless it exists.
+
+    new_keys: make keys although it exists. The first workspace of a database is the bootstrap workspace: it alone gets
+    the default connection of WEBHOOK_URL, made or brought up to date. Raises DatabaseUnusable.
+    """
+    try:
+        connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT)
+    except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise DatabaseUnusable(f"the database can't be reached: {reason(error)}; check DATABASE_URL") from error
+    try:
+        async with connection.transaction():
+            await connection.execute(f"SET LOCAL ROLE {OWNER}")
+            # One bootstrap at a time: two first starts must not make two first workspaces.
+            await connection.execute("LOCK TABLE workspaces IN SHARE ROW EXCLUSIVE MODE")
+            return await _bootstrap(connection, settings, workspace, new_keys)
+    except (asyncpg.InvalidParameterValueError, asyncpg.UndefinedTableError) as error:
+        raise DatabaseUnusable("the database has no Relay in it: run `relay migrate`") from error
+    finally:
+        await connection.close()
+
+
+async def _bootstrap(connection: "Connection", settings: Settings, workspace: str, new_keys: bool) -> Bootstrapped:
+    workspace_id = await connection.fetchval("SELECT id FROM workspaces WHERE name = $1", workspace)
+    if workspace_id is None:
+        workspace_id, new_keys = uuid7(), True
+        await connection.execute("INSERT INTO workspaces (id, name) VALUES ($1, $2)", workspace_id, workspace)
+        await _log(connection, workspace_id, "operator.CreateWorkspace", f"workspaces/{workspace_id}")
+    made: dict[str, str] = {}
+    if new_keys:
+        for role in ROLES:
+            made[role] = await _make_key(connection, workspace_id, role, live=not settings.is_development)
+    first = await connection.fetchval(
+        "SELECT id FROM workspaces WHERE id <> $1 ORDER BY created_at, id LIMIT 1", SYSTEM_WORKSPACE
+    )
+    if first == workspace_id and settings.webhook_url and settings.actions_signing_secret:
+        secret = settings.actions_signing_secret.get_secret_value()
+        await _default_connection(connection, workspace_id, settings.webhook_url, secret, settings)
+    return Bootstrapped(workspace_id, made)
+
+
+async def _make_key(connection: "Connection", workspace_id: UUID, role: str, *, live: bool) -> str:
+    key = keys.generate(live=live)
+    row = await store.insert_key(
+        connection,
+        id_=uuid7(),
+        workspace_id=workspace_id,
+        public_id=key.public_id,
+        key_hash=HASHER.hash(key.text),
+        name=f"bootstrap {role}",
+        role=role,
+        scopes=[],
+        created_by="bootstrap",
+        expires_at=None,
+    )
+    await _log(connection, workspace_id, "operator.CreateApiKey", f"apiKeys/{row['id']}")
+    return key.text
+
+
+async def _default_connection(
+    connection: "Connection", workspace_id: UUID, url: str, secret_text: str, settings: Settings
+) -> None:
+    """WEBHOOK_URL and ACTIONS_SIGNING_SECRET as a connection of this workspace alone."""
+    secret = (
+        signing.decode_secret(secret_text) if secret_text.startswith(signing.SECRET_PREFIX) else secret_text.encode()
+    )
+    vault = Vault({key.id: key.key for key in settings.encryption_keys})
+    configuration = {"url": url, "body_signature": True}
+    row = await connection.fetchrow(
+        "SELECT id, configuration FROM connections WHERE workspace_id = $1 AND name = $2",
+        workspace_id,
+        WEBHOOK_CONNECTION,
+    )
+    if row is None:
+        row = await connections.insert(
+            connection,
+            id_=uuid7(),
+            workspace_id=workspace_id,
+            name=WEBHOOK_CONNECTION,
+            provider="independent",
+            configuration=configuration,
+            default=True,
+        )
+    elif await _is_up_to_date(connection, vault, workspace_id, row, configuration, secret):
+        return
+    else:
+        await connection.execute("DELETE FROM connection_secrets WHERE connection_id = $1", row["id"])
+        await connection.execute(
+            "UPDATE connections SET configuration = $2, version = version + 1, updated_at = now() WHERE id = $1",
+            row["id"],
+            json.dumps(configuration),
+        )
+    secret_id = uuid7()
+    sealed = vault.seal(secret, workspace_id=workspace_id, connection_id=row["id"], secret_id=secret_id)
+    await connections.insert_secret(
+        connection, id_=secret_id, workspace_id=workspace_id, connection_id=row["id"], sealed=sealed
+    )
+    await _log(connection, workspace_id, "operator.SetDefaultConnection", f"connections/{row['id']}")
+
+
+async def _is_up_to_date(
+    connection: "Connection",
+    vault: Vault,
+    workspace_id: UUID,
+    target: asyncpg.Record,
+    configuration: Mapping[str, Any],
+    secret: bytes,
+) -> bool:
+    if json.loads(target["configuration"]) != configuration:
+        return False
+    rows = await connection.fetch("SELECT * FROM connection_secrets WHERE connection_id = $1", target["id"])
+    try:
+        return [
+            vault.open(
+                Sealed(row["encryption_key_id"], row["wrapped_key"], row["ciphertext"]),
+                workspace_id=workspace_id,
+                connection_id=target["id"],
+                secret_id=row["id"],
+            )
+            for row in rows
+        ] == [secret]
+    except Undecryptable:
+        return False
+
+
+async def _log(connection: "Connection", workspace_id: UUID, action: str, target: str) -> None:
+    event = Event(workspace_id=workspace_id, action=action, target=target, actor_type=ActorType.OPERATOR)
+    await audit.insert(connection, [event])

@@ -1,0 +1,5 @@
+"""The command `relay`."""
+
+
+def main() -> None:
+    raise SystemExit("not yet")

@@ -1,0 +1,63 @@
+"""Secrets at rest: envelope encryption with AES-256-GCM. No I/O.
+
+Each secret has a key of its own, which is encrypted by one of the operator's keys. Both layers are bound, as additional
+authenticated data, to the workspace, the connection and the secret, so that a row moved elsewhere does not decrypt.
+"""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from uuid import UUID
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+NONCE_BYTES = 12
+
+
+class Undecryptable(Exception):
+    """The key that this secret needs is not there, or the row was tampered with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """An encrypted secret, column by column. wrapped_key and ciphertext begin with their nonces."""
+
+    encryption_key_id: str
+    wrapped_key: bytes
+    ciphertext: bytes
+
+
+class Vault:
+    """Encrypts with the first of the operator's keys, and decrypts with whichever a secret names."""
+
+    def __init__(self, encryption_keys: Mapping[str, bytes]) -> None:
+        self._keys = {id_: AESGCM(key) for id_, key in encryption_keys.items()}
+        self._current = next(iter(self._keys))
+
+    def seal(self, secret: bytes, *, workspace_id: UUID, connection_id: UUID, secret_id: UUID) -> Sealed:
+        binding = workspace_id.bytes + connection_id.bytes + secret_id.bytes
+        key = AESGCM.generate_key(256)
+        return Sealed(
+            self._current, _encrypt(self._keys[self._current], key, binding), _encrypt(AESGCM(key), secret, binding)
+        )
+
+    def open(self, sealed: Sealed, *, workspace_id: UUID, connection_id: UUID, secret_id: UUID) -> bytes:
+        """The secret. Raises Undecryptable."""
+        binding = workspace_id.bytes + connection_id.bytes + secret_id.bytes
+        try:
+            key = _decrypt(self._keys[sealed.encryption_key_id], sealed.wrapped_key, binding)
+            return _decrypt(AESGCM(key), sealed.ciphertext, binding)
+        except KeyError:
+            raise Undecryptable(f"no encryption key is called {sealed.encryption_key_id!r} here") from None
+        except InvalidTag as error:
+            raise Undecryptable("the secret does not belong to this key, workspace and connection") from error
+
+
+def _encrypt(cipher: AESGCM, text: bytes, binding: bytes) -> bytes:
+    nonce = secrets.token_bytes(NONCE_BYTES)
+    return nonce + cipher.encrypt(nonce, text, binding)
+
+
+def _decrypt(cipher: AESGCM, sealed: bytes, binding: bytes) -> bytes:
+    return cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], binding)

@@ -1,0 +1,59 @@
+"""What a development start keeps beside its database, readable by its owner alone: key material and the first API keys.
+
+In production both come from outside: key material from the environment, API keys from `relay bootstrap`.
+"""
+
+import base64
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from relay_grpc.settings import EncryptionKey, Settings
+
+KEY_MATERIAL = "key-material.env"
+CREDENTIALS = "credentials.env"
+
+
+def new_key_material() -> dict[str, str]:
+    """Fresh values for the settings that hold keys."""
+    encryption_key = base64.b64encode(secrets.token_bytes(32)).decode()
+    return {"RELAY_ENCRYPTION_KEYS": f"k1:{encryption_key}", "RELAY_HASH_KEY": secrets.token_urlsafe(32)}
+
+
+def with_key_material(settings: Settings) -> Settings:
+    """The settings with the key material they lack taken from the data folder, made there on the first start."""
+    path = settings.data_dir / KEY_MATERIAL
+    kept = read(path)
+    if kept is None:
+        kept = new_key_material()
+        write(path, kept)
+    return settings.model_copy(
+        update={
+            "encryption_keys": settings.encryption_keys or (EncryptionKey.parse(kept["RELAY_ENCRYPTION_KEYS"]),),
+            "hash_key": settings.hash_key or SecretStr(kept["RELAY_HASH_KEY"]),
+        }
+    )
+
+
+def read(path: Path) -> dict[str, str] | None:
+    """The NAME=VALUE lines of a file; None: there is no such file."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def write(path: Path, values: Mapping[str, str]) -> None:
+    """Writes NAME=VALUE lines, all or nothing, readable by the owner alone from the first byte on."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    scratch = path.with_suffix(".new")
+    scratch.unlink(missing_ok=True)
+    with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.writelines(f"{name}={value}\n" for name, value in values.items())
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)

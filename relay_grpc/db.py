@@ -1,0 +1,182 @@
+"""Connections to PostgreSQL, in the two roles that serve, and the one place where driver errors become ours.
+
+Requests run as relay_app inside `workspace(...)`: a transaction that row level security confines to one workspace. Work
+that spans workspaces (group commit, the sweeper) runs as relay_worker on connections that it keeps. Nobody serves as
+relay_owner, which owns the tables.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import asyncpg
+
+from relay_grpc import errors
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+    Connection = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
+    Pool = asyncpg.Pool[asyncpg.Record]
+
+APP, WORKER, OWNER = "relay_app", "relay_worker", "relay_owner"
+SCHEMA_REVISION = "0001"
+CONNECT_TIMEOUT = 5.0  # seconds
+COMMAND_TIMEOUT = 10.0  # seconds; asyncpg's default is to wait for ever
+
+
+class DatabaseUnusable(Exception):
+    """The database can't be served from; the text tells the operator why and what to do."""
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turns the driver's errors into the API's. What the driver said stays in the cause."""
+    try:
+        yield
+    except asyncpg.LockNotAvailableError as error:
+        raise errors.Contention("another call holds what this one needs; try again") from error
+    except (
+        OSError,
+        TimeoutError,
+        asyncpg.InterfaceError,
+        asyncpg.InternalClientError,
+        asyncpg.PostgresConnectionError,
+        asyncpg.OperatorInterventionError,
+        asyncpg.InsufficientResourcesError,
+        asyncpg.QueryCanceledError,
+    ) as error:
+        raise errors.DependencyUnavailable("the database does not answer; try again") from error
+
+
+class Database:
+    """The pools of one process. Open it with `open`, and close it."""
+
+    def __init__(self, app: "Pool", worker: "Pool") -> None:
+        self._app = app
+        self._worker = worker
+
+    @classmethod
+    async def open(cls, url: str, *, production: bool = False, size: int = 10) -> "Database":
+        """Connects and looks the database over.
+
+        size: the most connections for requests; the workers take 4 more. Raises DatabaseUnusable.
+        """
+        pools: list[Pool] = []
+        try:
+            for role, most in ((APP, size), (WORKER, 4)):
+                pools.append(await _pool(url, role, most))
+            async with pools[0].acquire() as connection:
+                await _check(connection, production=production)
+        except asyncpg.InvalidParameterValueError as error:  # SET ROLE to a role that is not there
+            raise DatabaseUnusable("the database has no Relay in it: run `relay migrate`") from error
+        except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            raise DatabaseUnusable(f"the database can't be reached: {reason(error)}; check DATABASE_URL") from error
+        return cls(*pools)
+
+    async def close(self) -> None:
+        """Waits 5 s for what is under way, then cuts the connections."""
+        for pool in (self._app, self._worker):
+            try:
+                async with asyncio.timeout(5):
+                    await pool.close()
+            except TimeoutError:
+                pool.terminate()
+
+    @asynccontextmanager
+    async def workspace(self, workspace_id: UUID) -> AsyncIterator["Connection"]:
+        """A transaction that sees the rows of one workspace: one round trip to begin, one to commit."""
+        with translated():
+            async with self._app.acquire() as connection:
+                await connection.execute(f"BEGIN; SET LOCAL relay.workspace_id = '{workspace_id}'")
+                try:
+                    yield connection
+                except BaseException:
+                    # After a cancelled or broken command the connection may be past saving; then release drops it.
+                    if not connection.is_closed():
+                        await connection.execute("ROLLBACK")
+                    raise
+                await connection.execute("COMMIT")
+
+    @asynccontextmanager
+    async def anyone(self) -> AsyncIterator["Connection"]:
+        """A connection as relay_app outside any workspace: it sees no rows and may call relay_find_api_key."""
+        with translated():
+            async with self._app.acquire() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def worker(self) -> AsyncIterator["Connection"]:
+        """A connection as relay_worker; each statement is its own transaction. Those that work all the time keep it."""
+        with translated():
+            async with self._worker.acquire() as connection:
+                yield connection
+
+    async def answers(self) -> bool:
+        """Whether the database serves right now."""
+        try:
+            async with asyncio.timeout(2), self.anyone() as connection:
+                await connection.execute("SELECT")
+        except (errors.RelayError, TimeoutError):
+            return False
+        return True
+
+
+async def _pool(url: str, role: str, most: int) -> "Pool":
+    async def as_role(connection: "Connection") -> None:
+        await connection.execute(f"SET ROLE {role}; SET lock_timeout = '1s'")
+
+    async def keep(_connection: "Connection") -> None:
+        """Nothing to reset: every setting of ours is local to its transaction. It saves a round trip per call."""
+
+    pool: Pool = asyncpg.create_pool(
+        url,
+        min_size=1,
+        max_size=most,
+        init=as_role,
+        reset=keep,
+        timeout=CONNECT_TIMEOUT,
+        command_timeout=COMMAND_TIMEOUT,
+        server_settings={"application_name": f"relay {role}"},
+    )
+    await pool
+    return pool
+
+
+async def _check(connection: "Connection", *, production: bool) -> None:
+    row = await connection.fetchrow(
+        """
+        SELECT current_setting('server_version_num')::int AS version,
+               current_setting('synchronous_commit') AS synchronous_commit,
+               rolsuper OR rolbypassrls AS unbound,
+               pg_has_role(current_user, $1, 'USAGE') AS owner,
+               to_regclass('alembic_version') IS NOT NULL AS migrated
+          FROM pg_roles WHERE rolname = current_user
+        """,
+        OWNER,
+    )
+    assert row is not None  # noqa: S101  # current_user is a role
+    if row["version"] < 150000:
+        raise DatabaseUnusable("Relay needs PostgreSQL 15 or later")
+    if row["unbound"] or row["owner"]:
+        raise DatabaseUnusable(f"the role {APP} may bypass row level security: take SUPERUSER, BYPASSRLS, {OWNER} away")
+    if production and row["synchronous_commit"] == "off":
+        raise DatabaseUnusable("synchronous_commit is off: an answered Execute could be lost; set it to on")
+    revision = await connection.fetchval("SELECT version_num FROM alembic_version") if row["migrated"] else "none"
+    if revision != SCHEMA_REVISION:
+        raise DatabaseUnusable(
+            f"the schema is at revision {revision} and this version needs {SCHEMA_REVISION}: run `relay migrate`"
+        )
+
+
+def reason(error: BaseException) -> str:
+    """One line that an operator may see: never the URL, whose password a driver's text could hold."""
+    if isinstance(error, asyncpg.PostgresError):
+        return str(error).splitlines()[0]
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, OSError):
+        return error.strerror or "the connection failed"
+    return "the URL is not one of PostgreSQL's"

@@ -1,0 +1,14 @@
+"""Identifiers that rise with time."""
+
+import secrets
+import time
+from uuid import UUID
+
+
+def uuid7() -> UUID:
+    """A UUID version 7 (RFC 9562, section 5.7): 48 bits of Unix milliseconds, then 74 random bits.
+
+    Made here because PostgreSQL has uuidv7() only from version 18 on.
+    """
+    value = (time.time_ns() // 1_000_000) << 80 | 0x7 << 76 | secrets.randbits(76)
+    return UUID(int=value & ~(0x3 << 62) | 0x2 << 62)

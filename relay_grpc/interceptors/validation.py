@@ -1,0 +1,41 @@
+"""Is the request what the API says: it parses, and every field is within its bounds (protovalidate)."""
+
+from typing import Any
+
+import protovalidate
+from google.protobuf.message import DecodeError
+
+from relay_grpc import errors
+from relay_grpc.call import Call, Method
+from relay_grpc.interceptors.base import Handler
+
+_validator = protovalidate.Validator()
+
+
+def validation(method: Method, handler: Handler) -> Handler:
+    """Layer: turns the request's bytes into its message."""
+    parse = method.input_type.FromString
+    _validator.collect_violations(method.input_type())  # compiles the rules now, not in the first call
+
+    async def validated(call: Call, request: Any) -> Any:
+        try:
+            message = parse(request)
+        except DecodeError as error:
+            raise errors.InvalidRequest([("", f"the bytes are not a {method.input_type.__name__}")]) from error
+        try:
+            _validator.validate(message)
+        except protovalidate.ValidationError as error:
+            violations = [violation.proto for violation in error.violations]
+            raise errors.InvalidRequest([(_path(one), one.message) for one in violations]) from None
+        return await handler(call, message)
+
+    return validated
+
+
+def _path(violation: Any) -> str:
+    """The field's path, such as "webhook.url" or "scopes[1]"."""
+    path = ""
+    for element in violation.field.elements:
+        index = f"[{element.subscript.value}]" if element.subscript else ""
+        path += f"{'.' if path else ''}{element.field_name}{index}"
+    return path

@@ -1,0 +1,55 @@
+"""Pages of a listing (aip.dev/158): sizes are coerced, tokens are opaque and fit only the listing they came from."""
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from relay_grpc import errors
+from relay_grpc.call import Call
+
+DEFAULT_SIZE = 50
+MAX_SIZE = 200
+_SEAL_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What to fetch: rows after `cursor` (None: from the start), `fetch` of them, one more than the page holds."""
+
+    size: int
+    cursor: str | None
+    seal: bytes
+
+    @property
+    def fetch(self) -> int:
+        return self.size + 1
+
+    def cut(self, rows: list[Any], cursor_field: str = "id") -> tuple[list[Any], str]:
+        """The rows of the page and the next page's token, empty on the last page."""
+        if len(rows) <= self.size:
+            return rows, ""
+        cursor = str(rows[self.size - 1][cursor_field]).encode()
+        return rows[: self.size], base64.urlsafe_b64encode(self.seal + cursor).decode()
+
+
+def page_of(request: Any, call: Call) -> Page:
+    """Reads page_size and page_token. A token of another workspace, method or filter is an InvalidRequest."""
+    question = type(request)()
+    question.CopyFrom(request)
+    question.ClearField("page_size")
+    question.ClearField("page_token")
+    seal = hashlib.blake2b(
+        f"{call.method.name}\n{call.workspace_id}\n".encode() + question.SerializeToString(deterministic=True),
+        digest_size=_SEAL_BYTES,
+    ).digest()
+    cursor = None
+    if request.page_token:
+        try:
+            token = base64.urlsafe_b64decode(request.page_token)
+            cursor = token[_SEAL_BYTES:].decode("ascii")
+        except ValueError:
+            token = b""
+        if token[:_SEAL_BYTES] != seal or not cursor:
+            raise errors.InvalidRequest([("page_token", "is not one that this listing gave with these filters")])
+    return Page(min(request.page_size, MAX_SIZE) or DEFAULT_SIZE, cursor, seal)

@@ -1,0 +1,281 @@
+"""Every environment variable that Relay reads, with its default and its bounds; nothing else reads the environment.
+
+`load` reports all problems together, so that an operator fixes them in one go. docs/settings.md is generated from here.
+"""
+
+import base64
+import binascii
+import os
+from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import platformdirs
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+
+
+class SettingsError(Exception):
+    """The environment can't be used. problems: one sentence each, beginning with the variable's name."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Address(BaseModel):
+    """Where to listen. port 0: the system chooses."""
+
+    model_config = ConfigDict(frozen=True)
+    host: str
+    port: int = Field(ge=0, le=65535)
+
+    @classmethod
+    def parse(cls, text: Any) -> Any:
+        host, colon, port = str(text).rpartition(":")
+        if not colon or not host or not port.isdecimal() or int(port) > 65535:
+            raise ValueError("should be HOST:PORT, such as 127.0.0.1:50051")
+        return cls(host=host.strip("[]"), port=int(port))
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _postgres_url(value: SecretStr) -> SecretStr:
+    if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+        raise ValueError("should be a postgresql:// URL")
+    return value
+
+
+def _redis_url(value: SecretStr) -> SecretStr:
+    if not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("should be a redis://, rediss:// or unix:// URL")
+    return value
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class EncryptionKey(BaseModel):
+    """A key that encrypts the keys of secrets: its id and 32 bytes. Written ID:BASE64."""
+
+    model_config = ConfigDict(frozen=True)
+    id: str
+    key: bytes = Field(repr=False)
+
+    @classmethod
+    def parse(cls, text: Any) -> Any:
+        id_, colon, encoded = str(text).partition(":")
+        try:
+            key = base64.b64decode(encoded, validate=True)
+        except binascii.Error:
+            key = b""
+        if not colon or not id_ or len(key) != 32:
+            raise ValueError("each key should be ID:BASE64 with 32 bytes, such as those of 'relay keygen'")
+        return cls(id=id_, key=key)
+
+
+PostgresUrl = Annotated[SecretStr, AfterValidator(_postgres_url)]
+RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
+Listen = Annotated[Address, BeforeValidator(Address.parse)]
+Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], BeforeValidator(_split)]
+EncryptionKeys = Annotated[
+    tuple[Annotated[EncryptionKey, BeforeValidator(EncryptionKey.parse)], ...], BeforeValidator(_split)
+]
+HashKey = Annotated[SecretStr, Field(min_length=32)]
+
+
+class Settings(BaseModel):
+    """The settings of one process."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    database_url: PostgresUrl | None = Field(
+        None, alias="DATABASE_URL", description="PostgreSQL 15 or later. Unset: an embedded one in the data folder."
+    )
+    database_public_url: PostgresUrl | None = Field(
+        None, alias="DATABASE_PUBLIC_URL", description="What `relay migrate` connects to. Unset: DATABASE_URL."
+    )
+    redis_url: RedisUrl | None = Field(
+        None, alias="REDIS_URL", description="Redis or Valkey, for limits that instances share. Unset: each its own."
+    )
+    rate_limit_enabled: bool = Field(True, alias="RATE_LIMIT_ENABLED", description="Whether calls are limited at all.")
+    executions_per_minute: int = Field(
+        60, alias="RATE_LIMIT_EXEC_PER_MIN", ge=1, le=1_000_000, description="Executions a minute, per workspace."
+    )
+    calls_per_minute: int = Field(
+        600, alias="RELAY_RATE_LIMIT_CALLS_PER_MIN", ge=1, le=10_000_000, description="Other calls, per workspace."
+    )
+    actions_enabled: bool | None = Field(
+        None,
+        alias="ACTIONS_ENABLED",
+        description="Whether actions are previewed and executed. Unset: in development alone.",
+    )
+    webhook_url: str | None = Field(
+        None,
+        alias="WEBHOOK_URL",
+        description="Makes a default connection of the bootstrap workspace; needs ACTIONS_SIGNING_SECRET.",
+    )
+    actions_signing_secret: SecretStr | None = Field(
+        None, alias="ACTIONS_SIGNING_SECRET", description="Signs that connection: whsec_..., or 24 to 64 characters."
+    )
+    telemetry_enabled: bool = Field(True, alias="TELEMETRY_ENABLED", description="Whether /metrics answers.")
+    otel_enabled: bool = Field(False, alias="OTEL_ENABLED", description="Whether spans are exported.")
+    otel_endpoint: str | None = Field(
+        None,
+        alias="OTEL_ENDPOINT",
+        pattern="^https?://",
+        description="Where to: an OTLP/HTTP receiver such as http://tempo:4318.",
+    )
+    otel_sample_ratio: float = Field(
+        0.01, alias="RELAY_OTEL_SAMPLE_RATIO", ge=0, le=1, description="The share of traces begun here that is kept."
+    )
+    env: Literal["development", "production"] | None = Field(
+        None, alias="RELAY_ENV", description="Unset: production with a DATABASE_URL, development without."
+    )
+    data_dir: Path = Field(
+        default_factory=lambda: Path(platformdirs.user_data_dir("relay", appauthor=False)),
+        alias="RELAY_DATA_DIR",
+        description="Where a development start keeps its database and keys. Unset: relay in the XDG data home.",
+    )
+    listen: Listen = Field(
+        Address(host="127.0.0.1", port=50051), alias="RELAY_LISTEN", description="Where gRPC is served."
+    )
+    http_listen: Listen = Field(
+        Address(host="127.0.0.1", port=8080), alias="RELAY_HTTP_LISTEN", description="Where metrics and health are."
+    )
+    tls_certificate: Path | None = Field(
+        None,
+        alias="RELAY_TLS_CERTIFICATE",
+        description="PEM chain. Unset: plaintext, in production on loopback alone.",
+    )
+    tls_key: Path | None = Field(None, alias="RELAY_TLS_KEY", description="PEM private key of RELAY_TLS_CERTIFICATE.")
+    tls_client_ca: Path | None = Field(
+        None, alias="RELAY_TLS_CLIENT_CA", description="PEM: clients must show a certificate of this authority (mTLS)."
+    )
+    reflection: bool | None = Field(
+        None, alias="RELAY_REFLECTION", description="gRPC server reflection. Unset: in development alone."
+    )
+    egress_allow: Networks = Field(
+        (), alias="RELAY_EGRESS_ALLOW", description="Networks that deliveries may reach all the same: CIDR, by comma."
+    )
+    encryption_keys: EncryptionKeys = Field(
+        (),
+        alias="RELAY_ENCRYPTION_KEYS",
+        description="Encrypt secrets at rest: ID:BASE64 (32 bytes), by comma; the first encrypts. "
+        "Unset in development: made once, in the data folder.",
+    )
+    hash_key: HashKey | None = Field(
+        None,
+        alias="RELAY_HASH_KEY",
+        description="Keys the hashes in audit events: 32 characters or more. "
+        "Unset in development: made once, in the data folder.",
+    )
+    attempt_timeout: float = Field(
+        15.0, alias="RELAY_ATTEMPT_TIMEOUT", ge=0.1, le=30, description="Seconds that one delivery may take in all."
+    )
+    lease: float = Field(
+        45.0,
+        alias="RELAY_LEASE",
+        ge=0.3,
+        le=600,
+        description="Seconds after which an attempt whose worker is gone is made anew; 3 times the above or more.",
+    )
+    sweep_interval: float = Field(
+        1.0,
+        alias="RELAY_SWEEP_INTERVAL",
+        ge=0.05,
+        le=60,
+        description="Seconds between looks for what is due.",
+    )
+    shutdown_grace: float = Field(
+        20.0, alias="RELAY_SHUTDOWN_GRACE", ge=0, le=300, description="Seconds that calls have to end on SIGTERM."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", alias="RELAY_LOG_LEVEL", description="What the log on standard error tells."
+    )
+
+    @property
+    def is_development(self) -> bool:
+        return self.env == "development" if self.env else self.database_url is None
+
+    @property
+    def actions_are_enabled(self) -> bool:
+        return self.is_development if self.actions_enabled is None else self.actions_enabled
+
+    @property
+    def reflection_is_on(self) -> bool:
+        return self.is_development if self.reflection is None else self.reflection
+
+    def combinations(self) -> list[str]:
+        """What is wrong with the values taken together."""
+        problems = []
+        if bool(self.webhook_url) != bool(self.actions_signing_secret):
+            problems.append("WEBHOOK_URL and ACTIONS_SIGNING_SECRET: set both or neither")
+        if self.lease < 3 * self.attempt_timeout:
+            problems.append("RELAY_LEASE: must be at least 3 times RELAY_ATTEMPT_TIMEOUT")
+        if self.otel_enabled and not self.otel_endpoint:
+            problems.append("OTEL_ENDPOINT: OTEL_ENABLED needs one, such as http://127.0.0.1:4318")
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            problems.append("RELAY_TLS_CERTIFICATE and RELAY_TLS_KEY: set both or neither")
+        if self.tls_client_ca and not self.tls_certificate:
+            problems.append("RELAY_TLS_CLIENT_CA: needs RELAY_TLS_CERTIFICATE")
+        for name, path in (
+            ("RELAY_TLS_CERTIFICATE", self.tls_certificate),
+            ("RELAY_TLS_KEY", self.tls_key),
+            ("RELAY_TLS_CLIENT_CA", self.tls_client_ca),
+        ):
+            if path and not path.is_file():
+                problems.append(f"{name}: there is no file {path}")
+        return problems if self.is_development else problems + self._unsafe_in_production()
+
+    def _unsafe_in_production(self) -> list[str]:
+        problems = []
+        if not self.database_url:
+            problems.append("DATABASE_URL: RELAY_ENV=production does not run on the embedded database")
+        if not self.encryption_keys:
+            problems.append("RELAY_ENCRYPTION_KEYS: production needs one; `relay keygen` makes it")
+        if not self.hash_key:
+            problems.append("RELAY_HASH_KEY: production needs one; `relay keygen` makes it")
+        if not self.tls_certificate and not self.listen.is_loopback:
+            problems.append(
+                f"RELAY_LISTEN: {self.listen} would serve plaintext to the network; "
+                "set RELAY_TLS_CERTIFICATE and RELAY_TLS_KEY, or listen on 127.0.0.1 behind a proxy"
+            )
+        return problems
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
+        """Reads the environment; overrides go by field name and win. Empty variables count as unset.
+
+        Raises SettingsError with every problem.
+        """
+        names = {field: str(info.alias) for field, info in cls.model_fields.items()}
+        values: dict[str, Any] = {k: v for k, v in (os.environ if environ is None else environ).items() if v != ""}
+        values |= {names[field]: value for field, value in overrides.items() if value is not None}
+        problems = []
+        try:
+            settings = cls.model_validate(values)
+        except ValidationError as error:
+            wrong = {str(detail["loc"][0]) for detail in error.errors()}
+            problems = [f"{detail['loc'][0]}: {_sentence(detail['msg'])}" for detail in error.errors()]
+            settings = cls.model_validate({k: v for k, v in values.items() if k not in wrong})
+        problems += settings.combinations()
+        if problems:
+            raise SettingsError(list(dict.fromkeys(problems)))
+        return settings
+
+
+def _sentence(message: str) -> str:
+    message = message.removeprefix("Value error, ").removeprefix("Input ")
+    return message[:1].lower() + message[1:]

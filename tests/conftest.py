@@ -1,0 +1,49 @@
+"""What every test may ask for: a Postgres, databases, a running Relay, and a receiver."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from relay_grpc.embedded import EmbeddedPostgres
+from relay_grpc.schema import migrate
+from tests.harness import TEMPLATE, Databases, Receiver, Relay, receiving, running, settings_for
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
+    """One real PostgreSQL for the whole run, without fsync."""
+    with EmbeddedPostgres(tmp_path_factory.mktemp("postgres"), durable=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def databases(postgres: EmbeddedPostgres) -> Databases:
+    async def make_template() -> None:
+        admin = await asyncpg.connect(postgres.url())
+        await admin.execute(f"CREATE DATABASE {TEMPLATE}")
+        await admin.close()
+
+    asyncio.run(make_template())
+    migrate(postgres.url(TEMPLATE))
+    return Databases(postgres)
+
+
+@pytest.fixture(scope="module")
+async def relay(databases: Databases, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Relay]:
+    """A running Relay, shared by the tests of a file."""
+    async with databases.new() as url, running(url, settings_for(tmp_path_factory.mktemp("data"))) as server:
+        yield server
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    async with receiving() as server:
+        yield server
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "data"
