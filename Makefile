@@ -38,6 +38,7 @@ format: .venv/dev ## format Python and protos
 
 generate: .venv/dev ## write the stubs and the tables that come from the protos
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/generate.py
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/document.py
 
 bench: .venv/dev ## measure calls per second and CPU per call
 	@$(BIN)/python -m tests.bench

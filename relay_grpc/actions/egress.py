@@ -187,7 +187,7 @@ class Egress:
     """
 
     def __init__(self, policy: EgressPolicy, getaddrinfo: Callable[..., list[Any]] = socket.getaddrinfo) -> None:
-        self.policy = policy
+        self._policy = policy
         self._resolver = _Resolver(policy, getaddrinfo)
         connector = aiohttp.TCPConnector(
             resolver=self._resolver,
@@ -213,7 +213,7 @@ class Egress:
 
     def _socket(self, target: aiohttp.AddrInfoType) -> socket.socket:
         family, kind, protocol, _, address = target
-        if not self.policy.permits(address[0], address[1]):
+        if not self._policy.permits(address[0], address[1]):
             raise EgressRefused
         return socket.socket(family, kind, protocol)
 
@@ -222,7 +222,7 @@ class Egress:
 
         Raises InvalidUrlError, EgressRefused, or OSError where the name does not resolve within 5 s.
         """
-        checked = check_url(url, self.policy)
+        checked = check_url(url, self._policy)
         answers = await self._resolver.resolve(checked.raw_host or "", checked.port or 0)
         return tuple(dict.fromkeys(answer["host"] for answer in answers))
 
@@ -233,7 +233,7 @@ class Egress:
 
         Raises InvalidUrlError at once; on entering EgressRefused, aiohttp.ClientError.
         """
-        target = check_url(url, self.policy)
+        target = check_url(url, self._policy)
         return self.session.request(method, target, data=body, headers=headers, allow_redirects=False)
 
     async def close(self) -> None:

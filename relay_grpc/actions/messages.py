@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from google.protobuf import json_format, struct_pb2
@@ -50,6 +51,7 @@ def preview(row: Row) -> actions_pb2.Preview:
             addresses=shown["addresses"],
             body_bytes=shown["body_bytes"],
             signatures=shown["signatures"],
+            timeout=timedelta(seconds=shown["timeout"]),
             max_attempts=shown["max_attempts"],
             delivery=f"DELIVERY_{shown['delivery'].upper()}",
         ),

@@ -64,9 +64,8 @@ class ActionsService:
         parameters = messages.plain(request.parameters)
         canonical = action.canonical(parameters)
         target = await self._connection_for(request.connection_id, action, call)
-        plan = await self._providers[action.provider].plan(
-            action.name, parameters, messages.configuration(target["configuration"])
-        )
+        provider = self._providers[action.provider]
+        plan = await provider.plan(action.name, parameters, messages.configuration(target["configuration"]))
         caller = call.principal.caller
         async with self._recorder.change(call) as (connection, event):
             row = await store.insert_preview(
@@ -91,7 +90,7 @@ class ActionsService:
                 fingerprint=fingerprint(
                     action=action.name, version=action.version, connection_id=target["id"], parameters=parameters
                 ),
-                shown=_shown(action, plan),
+                shown=_shown(action, plan, provider.timeout),
                 ttl=request.ttl.ToTimedelta() if request.HasField("ttl") else DEFAULT_TTL,
             )
             event.target = f"previews/{row['id']}"
@@ -253,7 +252,7 @@ def _refusal(order: store.Order, facts: asyncpg.Record) -> errors.RelayError:
     return errors.Contention("another call holds this preview; try again")
 
 
-def _shown(action: Action, plan: Plan) -> dict[str, Any]:
+def _shown(action: Action, plan: Plan, timeout: float) -> dict[str, Any]:
     return {
         "summary": f"{action.title}: {plan.summary}",
         "warnings": plan.warnings,
@@ -262,6 +261,7 @@ def _shown(action: Action, plan: Plan) -> dict[str, Any]:
         "addresses": plan.addresses,
         "body_bytes": plan.body_bytes,
         "signatures": plan.signatures,
+        "timeout": timeout,
         "max_attempts": MAX_ATTEMPTS,
         "delivery": action.delivery,
     }

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from relay_grpc.actions.egress import Egress
 from relay_grpc.actions.execution import AttemptResult, Job, Plan
-from relay_grpc.actions.providers.webhook import WebhookProvider
 
 
 class Provider(Protocol):
@@ -29,8 +27,3 @@ class Provider(Protocol):
     async def execute(self, job: Job) -> AttemptResult:
         """Makes one attempt within `timeout`. Must not raise for anything the network or the receiver does."""
         ...
-
-
-def all_providers(egress: Egress) -> tuple[Provider, ...]:
-    """Constructs every provider that this server has."""
-    return (WebhookProvider(egress),)

@@ -170,7 +170,7 @@ class Preview(_message.Message):
     def __init__(self, id: _Optional[str] = ..., action: _Optional[str] = ..., action_version: _Optional[int] = ..., provider: _Optional[str] = ..., connection_id: _Optional[str] = ..., connection_version: _Optional[int] = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., digest: _Optional[str] = ..., summary: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., delivery_plan: _Optional[_Union[DeliveryPlan, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., execution_id: _Optional[str] = ...) -> None: ...
 
 class DeliveryPlan(_message.Message):
-    __slots__ = ("method", "url", "addresses", "body_bytes", "signatures", "timeout", "max_attempts", "delivery", "executions")
+    __slots__ = ("method", "url", "addresses", "body_bytes", "signatures", "timeout", "max_attempts", "delivery")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     URL_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
@@ -179,7 +179,6 @@ class DeliveryPlan(_message.Message):
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     MAX_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     DELIVERY_FIELD_NUMBER: _ClassVar[int]
-    EXECUTIONS_FIELD_NUMBER: _ClassVar[int]
     method: str
     url: str
     addresses: _containers.RepeatedScalarFieldContainer[str]
@@ -188,8 +187,7 @@ class DeliveryPlan(_message.Message):
     timeout: _duration_pb2.Duration
     max_attempts: int
     delivery: Delivery
-    executions: int
-    def __init__(self, method: _Optional[str] = ..., url: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., body_bytes: _Optional[int] = ..., signatures: _Optional[_Iterable[str]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_attempts: _Optional[int] = ..., delivery: _Optional[_Union[Delivery, str]] = ..., executions: _Optional[int] = ...) -> None: ...
+    def __init__(self, method: _Optional[str] = ..., url: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., body_bytes: _Optional[int] = ..., signatures: _Optional[_Iterable[str]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_attempts: _Optional[int] = ..., delivery: _Optional[_Union[Delivery, str]] = ...) -> None: ...
 
 class GetPreviewRequest(_message.Message):
     __slots__ = ("id",)

@@ -1,0 +1,1 @@
+from tests.rpc.conftest import wire as wire
