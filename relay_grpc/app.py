@@ -227,7 +227,12 @@ def _tracer_provider(settings: Settings) -> Any:
 
 def _limiter(settings: Settings) -> Limiter:
     local = LocalLimiter()
-    return RedisLimiter(settings.redis_url.get_secret_value(), local) if settings.redis_url else local
+    if settings.redis_url is None:
+        return local
+    try:
+        return RedisLimiter(settings.redis_url.get_secret_value(), local)
+    except ValueError as error:
+        raise StartError(str(error)) from None
 
 
 def _add_health(server: grpc.aio.Server) -> Health:

@@ -7,7 +7,7 @@ relay_owner, which owns the tables.
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -64,17 +64,17 @@ class Database:
 
         size: the most connections for requests; the workers take 4 more. Raises DatabaseUnusable.
         """
-        pools: list[Pool] = []
         try:
-            for role, most in ((APP, size), (WORKER, 4)):
-                pools.append(await _pool(url, role, most))
-            async with pools[0].acquire() as connection:
-                await _check(connection, production=production)
+            async with AsyncExitStack() as undo:
+                database = cls(await _pool(url, APP, size, undo), await _pool(url, WORKER, 4, undo))
+                async with database._app.acquire() as connection:
+                    await _check(connection, production=production)
+                undo.pop_all()
         except asyncpg.InvalidParameterValueError as error:  # SET ROLE to a role that is not there
             raise DatabaseUnusable("the database has no Relay in it: run `relay migrate`") from error
         except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             raise DatabaseUnusable(f"the database can't be reached: {reason(error)}; check DATABASE_URL") from error
-        return cls(*pools)
+        return database
 
     async def close(self) -> None:
         """Waits 5 s for what is under way, then cuts the connections."""
@@ -124,7 +124,7 @@ class Database:
         return True
 
 
-async def _pool(url: str, role: str, most: int) -> "Pool":
+async def _pool(url: str, role: str, most: int, undo: AsyncExitStack) -> "Pool":
     async def as_role(connection: "Connection") -> None:
         await connection.execute(f"SET ROLE {role}; SET lock_timeout = '1s'")
 
@@ -133,7 +133,8 @@ async def _pool(url: str, role: str, most: int) -> "Pool":
 
     pool: Pool = asyncpg.create_pool(
         url,
-        min_size=1,
+        min_size=0,  # with a floor, asyncpg logs a traceback for every try to restore it
+        max_inactive_connection_lifetime=0,
         max_size=most,
         init=as_role,
         reset=keep,
@@ -141,6 +142,7 @@ async def _pool(url: str, role: str, most: int) -> "Pool":
         command_timeout=COMMAND_TIMEOUT,
         server_settings={"application_name": f"relay {role}"},
     )
+    undo.callback(pool.terminate)
     await pool
     return pool
 

@@ -36,7 +36,7 @@ FAST_SHUTDOWN_SECONDS = 3.0  # then SIGQUIT: nothing committed is lost, the next
 SHUTDOWN_SECONDS = 30.0
 # The address of a unix socket ends at 104 bytes on macOS, 108 on Linux; drivers split one at commas and colons.
 SOCKET_PARENT = re.compile(r"[A-Za-z0-9/._+-]{1,70}")
-WAL_SEGMENT_BYTES = 16 << 20
+NEW_CLUSTER_BYTES = 64 << 20  # measured 46 MiB
 COMPLAINT = re.compile(r"(?:FATAL|PANIC|error): +(.+)")
 
 
@@ -175,10 +175,10 @@ class EmbeddedPostgres:
         return False
 
     def _complaint(self) -> str:
-        if shutil.disk_usage(self._folder).free < WAL_SEGMENT_BYTES:
-            return "the disk is full"
         lines = (self._folder / "server.log").read_text(errors="replace").splitlines()
         complaints = [match[1] for line in lines if (match := COMPLAINT.search(line))]
+        if not complaints and shutil.disk_usage(self._folder).free < NEW_CLUSTER_BYTES:
+            return "the disk is full"
         return (complaints or lines or ["server.log there is empty"])[-1]
 
     def _stop_server(self) -> None:

@@ -2,8 +2,9 @@
 
 import base64
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from relay_grpc import errors
 from relay_grpc.call import Call
@@ -11,14 +12,15 @@ from relay_grpc.call import Call
 DEFAULT_SIZE = 50
 MAX_SIZE = 200
 _SEAL_BYTES = 8
+Cursor = TypeVar("Cursor")
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class Page(Generic[Cursor]):
     """What to fetch: rows after `cursor` (None: from the start), `fetch` of them, one more than the page holds."""
 
     size: int
-    cursor: str | None
+    cursor: Cursor | None
     seal: bytes
 
     @property
@@ -33,8 +35,12 @@ class Page:
         return rows[: self.size], base64.urlsafe_b64encode(self.seal + cursor).decode()
 
 
-def page_of(request: Any, call: Call) -> Page:
-    """Reads page_size and page_token. A token of another workspace, method or filter is an InvalidRequest."""
+def page_of(request: Any, call: Call, parse: Callable[[str], Cursor]) -> Page[Cursor]:
+    """Reads page_size and page_token.
+
+    parse: from a cursor's text; raises ValueError, for the seal tells tokens apart and does not keep anybody from
+    making one. A token of another workspace, method or filter is an InvalidRequest.
+    """
     question = type(request)()
     question.CopyFrom(request)
     question.ClearField("page_size")
@@ -47,9 +53,9 @@ def page_of(request: Any, call: Call) -> Page:
     if request.page_token:
         try:
             token = base64.urlsafe_b64decode(request.page_token)
-            cursor = token[_SEAL_BYTES:].decode("ascii")
+            cursor = parse(token[_SEAL_BYTES:].decode("ascii"))
         except ValueError:
             token = b""
-        if token[:_SEAL_BYTES] != seal or not cursor:
+        if token[:_SEAL_BYTES] != seal:
             raise errors.InvalidRequest([("page_token", "is not one that this listing gave with these filters")])
     return Page(min(request.page_size, MAX_SIZE) or DEFAULT_SIZE, cursor, seal)

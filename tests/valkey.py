@@ -67,14 +67,15 @@ def running(*options: str) -> Iterator[Valkey]:
 
 
 @contextmanager
-def cluster(size: int = 2) -> Iterator[list[Valkey]]:
+def cluster(size: int = 3) -> Iterator[list[Valkey]]:
     """Starts a cluster of masters with equal shares of the slots. It takes about 2 s to be ready."""
     with ExitStack() as stack:
         nodes: list[Valkey] = []
         for i in range(size):
             bus = _free_port()
-            options = ("--cluster-enabled", "yes", "--cluster-port", str(bus), "--cluster-node-timeout", "1000")
-            node = stack.enter_context(running(*options))
+            options = {"enabled": "yes", "port": bus, "node-timeout": 1000, "require-full-coverage": "no"}
+            arguments = [text for key, value in options.items() for text in (f"--cluster-{key}", str(value))]
+            node = stack.enter_context(running(*arguments))
             node.client.execute_command("CLUSTER ADDSLOTSRANGE", i * SLOTS // size, (i + 1) * SLOTS // size - 1)
             node.client.execute_command("CLUSTER SET-CONFIG-EPOCH", i + 1)
             if nodes:
@@ -83,6 +84,13 @@ def cluster(size: int = 2) -> Iterator[list[Valkey]]:
         for node in nodes:
             _wait_until(node.is_in_cluster)
         yield nodes
+
+
+def take_over(nodes: list[Valkey]) -> None:
+    """Gives the slots of the last node, which must be dead, to the first: a failover."""
+    slots = ((len(nodes) - 1) * SLOTS // len(nodes), SLOTS - 1)
+    for command in (("DELSLOTSRANGE", *slots), ("ADDSLOTSRANGE", *slots), ("BUMPEPOCH",)):
+        nodes[0].client.execute_command(f"CLUSTER {command[0]}", *command[1:])
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:

@@ -47,7 +47,7 @@ class ActionsService:
         self._enabled = enabled
 
     async def ListActions(self, request: Any, call: Call) -> actions_pb2.ListActionsResponse:
-        page = page_of(request, call)
+        page = page_of(request, call, str)
         actions = sorted(
             (action for action in CATALOGUE if action.name > (page.cursor or "")), key=lambda action: action.name
         )
@@ -135,7 +135,7 @@ class ActionsService:
         return messages.execution(await self._execution(UUID(request.id), call))
 
     async def ListExecutions(self, request: Any, call: Call) -> actions_pb2.ListExecutionsResponse:
-        page = page_of(request, call)
+        page = page_of(request, call, UUID)
         async with self._db.workspace(call.workspace_id) as connection:
             rows = await store.list_executions(
                 connection,
@@ -143,7 +143,7 @@ class ActionsService:
                 states=[messages.state_word(state) for state in request.states],
                 action=request.action,
                 connection_id=UUID(request.connection_id) if request.connection_id else None,
-                before=UUID(page.cursor) if page.cursor else None,
+                before=page.cursor,
                 limit=page.fetch,
             )
         rows, next_page_token = page.cut(rows)
@@ -152,12 +152,12 @@ class ActionsService:
         )
 
     async def ListAttempts(self, request: Any, call: Call) -> actions_pb2.ListAttemptsResponse:
-        page = page_of(request, call)
+        page = page_of(request, call, _number)
         execution_id = UUID(request.execution_id)
         await self._execution(execution_id, call)
         async with self._db.workspace(call.workspace_id) as connection:
             rows = await store.list_attempts(
-                connection, call.workspace_id, execution_id, after=int(page.cursor or 0), limit=page.fetch
+                connection, call.workspace_id, execution_id, after=page.cursor or 0, limit=page.fetch
             )
         rows, next_page_token = page.cut(rows, "number")
         return actions_pb2.ListAttemptsResponse(attempts=map(messages.attempt, rows), next_page_token=next_page_token)
@@ -210,6 +210,13 @@ class ActionsService:
                 earlier = await store.get_execution(connection, order.workspace_id, facts["execution_id"])
                 return messages.execution(earlier, replayed=True)
         raise _refusal(order, facts)
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number not in range(2**31):
+        raise ValueError("no column holds this number")
+    return number
 
 
 _SWITCHED_OFF = "actions are switched off on this server (ACTIONS_ENABLED)"

@@ -1,5 +1,6 @@
 """What may be written of parameters: their shape. No I/O."""
 
+import json
 from typing import Any
 
 PREFIX_LENGTH = 64
@@ -24,7 +25,7 @@ def _mask(value: Any, budget: int) -> str:
     if isinstance(value, dict):
         text = "{"
         for name in sorted(value):
-            text += ("" if text == "{" else ",") + f'"{name}":'
+            text += ("" if text == "{" else ",") + f"{json.dumps(name)}:"
             text += _mask(value[name], budget - len(text))
             if len(text) >= budget:
                 break

@@ -18,7 +18,7 @@ class AuditService:
         self._db = db
 
     async def ListEvents(self, request: Any, call: Call) -> audit_pb2.ListEventsResponse:
-        page = page_of(request, call)
+        page = page_of(request, call, UUID)
         async with self._db.workspace(call.workspace_id) as connection:
             rows = await store.list_events(
                 connection,
@@ -30,7 +30,7 @@ class AuditService:
                 request_id=request.request_id,
                 start=request.start_time.ToDatetime(UTC) if request.HasField("start_time") else None,
                 end=request.end_time.ToDatetime(UTC) if request.HasField("end_time") else None,
-                before=UUID(page.cursor) if page.cursor else None,
+                before=page.cursor,
                 limit=page.fetch,
             )
         rows, next_page_token = page.cut(rows)

@@ -71,12 +71,12 @@ class AuthService:
         return message
 
     async def ListApiKeys(self, request: Any, call: Call) -> auth_pb2.ListApiKeysResponse:
-        page = page_of(request, call)
+        page = page_of(request, call, UUID)
         async with self._db.workspace(call.workspace_id) as connection:
             rows = await store.list_keys(
                 connection,
                 call.workspace_id,
-                before=UUID(page.cursor) if page.cursor else None,
+                before=page.cursor,
                 limit=page.fetch,
             )
         rows, next_page_token = page.cut(rows)

@@ -63,12 +63,12 @@ class ConnectionsService:
             return connection_message(await store.get(connection, call.workspace_id, UUID(request.id)))
 
     async def ListConnections(self, request: Any, call: Call) -> connections_pb2.ListConnectionsResponse:
-        page = page_of(request, call)
+        page = page_of(request, call, UUID)
         async with self._db.workspace(call.workspace_id) as connection:
             rows = await store.list_(
                 connection,
                 call.workspace_id,
-                before=UUID(page.cursor) if page.cursor else None,
+                before=page.cursor,
                 limit=page.fetch,
             )
         rows, next_page_token = page.cut(rows)

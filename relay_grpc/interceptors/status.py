@@ -52,7 +52,7 @@ async def finish(call: Call, context: Any) -> None:
         context.set_trailing_metadata(trailing)
         return
     trailing.append(("grpc-status-details-bin", call.failure.SerializeToString()))
-    await context.abort(CODES[call.code], call.failure.message, trailing)
+    await context.abort(CODES[call.code], call.failure.message, tuple(trailing))
 
 
 def _details(error: errors.RelayError) -> list[Message]:

@@ -1,9 +1,12 @@
 """Is the request what the API says: it parses, and every field is within its bounds (protovalidate)."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import protovalidate
 from google.protobuf.message import DecodeError
+from google.protobuf.struct_pb2 import Struct
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from relay_grpc import errors
 from relay_grpc.call import Call, Method
@@ -27,6 +30,8 @@ def validation(method: Method, handler: Handler) -> Handler:
         except protovalidate.ValidationError as error:
             violations = [violation.proto for violation in error.violations]
             raise errors.InvalidRequest([(_path(one), one.message) for one in violations]) from None
+        if unkeepable := list(_unkeepable(message)):
+            raise errors.InvalidRequest(unkeepable)
         return await handler(call, message)
 
     return validated
@@ -39,3 +44,19 @@ def _path(violation: Any) -> str:
         index = f"[{element.subscript.value}]" if element.subscript else ""
         path += f"{'.' if path else ''}{element.field_name}{index}"
     return path
+
+
+def _unkeepable(message: Any, above: str = "") -> Iterator[tuple[str, str]]:
+    """What no rule speaks of and no column can hold. What a Struct may hold is for its action to say."""
+    for field, value in message.ListFields():
+        path = f"{above}{field.name}"
+        if isinstance(value, Timestamp):
+            try:
+                value.ToDatetime()
+            except (ValueError, OverflowError):
+                yield path, "should be a time of the years 1 to 9999"
+        elif field.type == field.TYPE_STRING:
+            if "\0" in "".join(value):  # of one text, or of a repeated field's
+                yield path, "must not contain the character NUL"
+        elif field.message_type and not isinstance(value, Struct):
+            yield from _unkeepable(value, f"{path}.")

@@ -66,7 +66,7 @@ class LocalLimiter:
         self._instances = instances
         self._clock = clock
         self._minute = 0
-        self._recent: dict[str, Window] = {}  # spent in this minute
+        self._recent: dict[str, Window] = {}  # seen in this minute
         self._older: dict[str, Window] = {}  # not since the minute before
 
     async def spend(self, subject: str, cost: int, limit: int) -> Decision:
@@ -75,9 +75,7 @@ class LocalLimiter:
             self._minute, self._recent, self._older = now // MINUTE, {}, self._recent
         before = self._recent.get(subject) or self._older.get(subject) or Window()
         share = min(limit, max(1, limit // max(1, self._instances())))
-        after, decision = spend(now, before, cost, share)
-        if decision.allowed and cost:
-            self._recent[subject] = after
+        self._recent[subject], decision = spend(now, before, cost, share)
         return decision
 
     async def close(self) -> None:
@@ -88,12 +86,12 @@ class RedisLimiter:
     """Counts in Redis 5 or later, Valkey, or a cluster of either, for all instances together.
 
     While Redis is lost or frozen `fallback` decides, so that no limit is ever lifted; Redis is tried again by itself.
-    Only the calls that are under way when Redis is lost wait for it, and for ANSWER_TIMEOUT at most.
+    Only the calls that are under way when Redis is lost wait for it, and for `answer_timeout` seconds at most.
     Construct it in a running event loop. A Redis that can't be reached is logged; a URL that can't be read raises
     ValueError, whose text doesn't repeat the URL, for its password.
     """
 
-    def __init__(self, url: str, fallback: LocalLimiter) -> None:
+    def __init__(self, url: str, fallback: LocalLimiter, answer_timeout: float = ANSWER_TIMEOUT) -> None:
         try:
             self._options: dict[str, Any] = {**parse_url(url), **OPTIONS}
             self._connection_class = self._options.pop("connection_class", Connection)
@@ -104,7 +102,8 @@ class RedisLimiter:
                 "unix:///path, with the special characters of the password percent-encoded"
             ) from None
         self._fallback = fallback
-        self._seed = _Node(connection)
+        self._answer_timeout = answer_timeout
+        self._seed = _Node(connection, answer_timeout)
         self._nodes: dict[tuple[str, int], _Node] = {}  # of a cluster; one that leaves it is tried until the restart
         self._owners: dict[int, _Node] = {}  # of the slots of a cluster
         self.degraded = False
@@ -137,7 +136,8 @@ class RedisLimiter:
 
     def _node(self, host: str, port: int) -> "_Node":
         if (host, port) not in self._nodes:
-            self._nodes[host, port] = _Node(self._connection_class(**{**self._options, "host": host, "port": port}))
+            connection = self._connection_class(**{**self._options, "host": host, "port": port})
+            self._nodes[host, port] = _Node(connection, self._answer_timeout)
         return self._nodes[host, port]
 
 
@@ -147,8 +147,9 @@ class _Node:
     What is asked while a round trip is under way leaves with the next one: there is no timer and no waiting to fill.
     """
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, answer_timeout: float) -> None:
         self._connection = connection
+        self._answer_timeout = answer_timeout
         self._name = getattr(connection, "path", None) or f"{connection.host}:{connection.port}"
         self._waiting: list[tuple[Command, asyncio.Future[list[int]]]] = []  # unanswered, those under way first
         self._asked = asyncio.Event()
@@ -160,7 +161,7 @@ class _Node:
         """Raises MovedError where a cluster keeps the key elsewhere, any other RedisError where there is no answer."""
         if not self._tried.is_set():
             with suppress(TimeoutError):
-                async with asyncio.timeout(ANSWER_TIMEOUT):
+                async with asyncio.timeout(self._answer_timeout):
                     await self._tried.wait()
         if self._lost or not self._tried.is_set():
             raise NotConnected
@@ -227,13 +228,13 @@ class _Node:
             await self._exchange([LOAD_SCRIPT])
 
     async def _exchange(self, commands: list[Command]) -> list[Any]:
-        """One round trip. Raises TimeoutError after ANSWER_TIMEOUT."""
+        """One round trip."""
         pipeline = asyncio.create_task(self._pipeline(commands))
         try:
-            # asyncio.timeout() would also fire where the answer came in time and this process itself was held up.
-            await asyncio.wait({pipeline}, timeout=ANSWER_TIMEOUT)
+            # asyncio.timeout() would also fire where the answer came in time and it was this process that was held up.
+            await asyncio.wait({pipeline}, timeout=self._answer_timeout)
             if not pipeline.done():
-                raise TimeoutError(f"no answer within {ANSWER_TIMEOUT * 1000:.0f} ms")
+                raise TimeoutError(f"no answer within {self._answer_timeout * 1000:.0f} ms")
             return pipeline.result()
         finally:
             pipeline.cancel()

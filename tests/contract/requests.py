@@ -30,8 +30,8 @@ PATTERNS = {
     "^(whsec_[A-Za-z0-9+/]{32,88}={0,2})?$": (SECRET, SECRET + "A"),
 }
 
-# By kind and name of a rule: from its bound, a value that just keeps it and one that just breaks it. None: no value,
-# or none by itself. A new kind of rule needs a line here.
+# By kind and name of a rule: from its bound, a value that just keeps it and one that just breaks it. A new kind of rule
+# needs a line here.
 EDGES: dict[tuple[str, str], Callable[[Any], tuple[Any, Any]]] = {
     ("string", "min_len"): lambda n: ("x" * n, "x" * (n - 1)),
     ("string", "max_len"): lambda n: ("x" * n, "x" * (n + 1)),
@@ -49,15 +49,15 @@ EDGES: dict[tuple[str, str], Callable[[Any], tuple[Any, Any]]] = {
     ("enum", "defined_only"): lambda _: (1, 99),
     ("enum", "in"): lambda allowed: (allowed[0], 0),
     ("enum", "not_in"): lambda refused: (1, refused[0]),
-    ("repeated", "min_items"): lambda n: (None, _scopes(n - 1)),
-    ("repeated", "max_items"): lambda n: (None, _scopes(n + 1)),
-    ("repeated", "unique"): lambda _: (None, _scopes(1) * 2),
+    ("repeated", "min_items"): lambda n: (_scopes(n), _scopes(n - 1)),
+    ("repeated", "max_items"): lambda n: (_scopes(n), _scopes(n + 1)),
+    ("repeated", "unique"): lambda _: (_scopes(1), _scopes(1) * 2),
 }
 
 
 @dataclass(frozen=True)
 class Edge:
-    """A rule of a request's field. inside: keeps it; outside: breaks it. Values for `put`."""
+    """A rule of a request's field, and values for `put`. inside: just keeps it; outside: just breaks it."""
 
     fields: tuple[FieldDescriptor, ...]
     rule: str
@@ -90,7 +90,7 @@ def edges(kind: Descriptor) -> Iterator[Edge]:
     for fields in all_fields(kind):
         rules, repeated = rules_of(fields[-1]), fields[-1].is_repeated
         if rules.required:
-            yield Edge(fields, "required", None, None)
+            yield Edge(fields, "required", fitting(fields[-1].message_type), None)
         yield from _edges_of(fields, rules)
         if repeated:
             for edge in _edges_of(fields, rules.repeated.items):
@@ -104,7 +104,7 @@ def _edges_of(fields: tuple[FieldDescriptor, ...], rules: Any) -> Iterator[Edge]
             continue
         inside, outside = EDGES[kind, rule.name](bound)
         if kind == "repeated" and fields[-1].enum_type:
-            outside = list(range(1, 2 + len(outside))) if rule.name == "max_items" else [1, 1]
+            inside, outside = (_numbered(items) for items in (inside, outside))
         yield Edge(fields, rule.name, inside, outside)
 
 
@@ -130,6 +130,11 @@ def put(message: Message, fields: tuple[FieldDescriptor, ...], value: Any) -> No
         getattr(message, name).extend(value)
     elif value is not None:
         setattr(message, name, value)
+
+
+def _numbered(items: list[str]) -> list[int]:
+    """As many enum values as there are items, equal where those are."""
+    return [sorted(set(items)).index(item) + 1 for item in items]
 
 
 def _fit(field: FieldDescriptor) -> Any:

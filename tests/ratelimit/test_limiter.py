@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 from uuid import uuid4
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay_grpc.ratelimit.limiter import SCRIPT, Limiter, LocalLimiter, RedisLimiter
+from relay_grpc.ratelimit.limiter import KEY_PREFIX, RECONNECT_INTERVAL, SCRIPT, Limiter, LocalLimiter, RedisLimiter
 from relay_grpc.ratelimit.window import MINUTE, Decision, Window, decide, spend
-from tests.valkey import Valkey, cluster, running
+from tests.valkey import Valkey, cluster, running, take_over
 
 INSTANCES = 4
 
@@ -30,7 +30,8 @@ def subject() -> str:
 
 
 async def connected(url: str) -> RedisLimiter:
-    limiter = RedisLimiter(url, LocalLimiter(lambda: INSTANCES))
+    """A limiter that is patient, for a machine with other things to do may hold a server up for 50 ms."""
+    limiter = RedisLimiter(url, LocalLimiter(lambda: INSTANCES), answer_timeout=10)
     await until(limiter, degraded=False)
     return limiter
 
@@ -161,7 +162,7 @@ async def test_a_retry_after_the_hinted_wait_is_admitted_there(valkey: Valkey, s
         await asyncio.sleep(60.01 - second)
     minute = int(time.time()) // 60
     limit = 6000  # the minute before is full, so that a unit is freed every 10 ms
-    valkey.client.set(f"relay:limit:{subject}", f"{minute} 0 {limit}")
+    valkey.client.set(KEY_PREFIX + subject, as_kept(Window(minute, 0, limit)))
     for _ in range(10):
         while (decision := await limiter.spend(subject, 7, limit)).allowed:
             pass
@@ -170,25 +171,34 @@ async def test_a_retry_after_the_hinted_wait_is_admitted_there(valkey: Valkey, s
     await limiter.close()
 
 
-pauses = st.integers(0, 9000) | st.integers(-70_000, 150_000)
+NOON = 29_000_000 * MINUTE
+units = st.integers(0, 300)
+kept = st.none() | st.builds(Window, st.integers(NOON // MINUTE - 3, NOON // MINUTE + 3), units, units)
 
 
-@given(st.integers(0, 300), st.lists(st.tuples(pauses, st.integers(0, 40)), max_size=20))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_script_computes_what_the_arithmetic_says(valkey: Valkey, limit: int, requests: list[tuple[int, int]]):
+@given(st.integers(NOON, NOON + MINUTE - 1), kept, st.integers(0, 40), units)
+@settings(deadline=None)
+def test_the_script_computes_what_the_arithmetic_says(
+    valkey: Valkey, now: int, window: Window | None, cost: int, limit: int
+):
     clock = "redis.call('TIME')"
     assert SCRIPT.count(clock) == 1
     script = valkey.client.register_script(SCRIPT.replace(clock, "{ARGV[3], ARGV[4]}"))
-    key, now, window = str(uuid4()), 29_000_000 * MINUTE, Window()
-    for pause, cost in requests:
-        now += pause
-        after, decision = spend(now, window, cost, limit)
-        if decision.allowed and cost:
-            window = after
-        when, minute, current, previous, allowed = script([key], [cost, limit, now // 1000, now % 1000 * 1000 + 999])
-        assert when == now
-        assert decide(now, Window(minute, current, previous), cost, limit, allowed=bool(allowed)) == decision
-    valkey.client.delete(key)
+    key = str(uuid4())
+    if window:
+        valkey.client.set(key, as_kept(window))
+    after, decision = spend(now, window or Window(), cost, limit)
+    when, minute, current, previous, allowed = script([key], [cost, limit, now // 1000, now % 1000 * 1000 + 999])
+    assert when == now
+    assert Window(minute, current, previous) == after
+    assert decide(now, after, cost, limit, allowed=bool(allowed)) == decision
+    if allowed and cost:
+        window = after
+    assert valkey.client.getdel(key) == (window and as_kept(window))
+
+
+def as_kept(window: Window) -> bytes:
+    return b"%d %d %d" % (window.minute, window.current, window.previous)
 
 
 async def test_every_key_expires(own_valkey: Valkey):
@@ -203,15 +213,22 @@ async def test_every_key_expires(own_valkey: Valkey):
 
 
 async def test_a_cluster_is_followed(subject: str):
+    subjects = [f"{subject} {i}" for i in range(20)]
     with cluster() as nodes:
         limiters = [await connected(node.url) for node in nodes]
-        counts = [await admitted(200, f"{subject} {i}", 10, *limiters) for i in range(20)]
-        assert counts == [10] * 20
-        assert all(node.client.dbsize() > 1 for node in nodes)
+        assert [await admitted(200, subject, 10, *limiters) for subject in subjects] == [10] * 20
+        assert all(node.client.dbsize() > 1 for node in nodes)  # the probe and a share of the subjects
         assert not any(limiter.degraded for limiter in limiters)
-        nodes[1].kill()
-        counts = [await admitted(200, f"{subject} {i}", 10, limiters[0]) for i in range(20)]
-        assert set(counts) == {0, 10 // INSTANCES}  # the slots that still have a node, and those that lost it
+
+        nodes[-1].kill()
+        # The other nodes have no units left; the slots of this one are replaced by the share of the instance.
+        assert {await admitted(200, subject, 10, limiters[0]) for subject in subjects} == {0, 10 // INSTANCES}
+
+        take_over(nodes)
+        for subject in subjects:
+            await limiters[0].spend(subject, 0, 10)
+            await limiters[0].spend(subject, 0, 10)
+            assert not limiters[0].degraded
         for limiter in limiters:
             await limiter.close()
 
@@ -237,7 +254,8 @@ async def test_a_killed_redis_is_replaced_by_shares_until_it_is_back(
 
 
 async def test_a_frozen_redis_costs_one_short_wait(own_valkey: Valkey, subject: str):
-    limiter = await connected(own_valkey.url)
+    limiter = RedisLimiter(own_valkey.url, LocalLimiter(lambda: INSTANCES))
+    await until(limiter, degraded=False)
     own_valkey.freeze()
     began = time.perf_counter()
     first = await admitted(100, subject, 40, limiter)
@@ -246,6 +264,7 @@ async def test_a_frozen_redis_costs_one_short_wait(own_valkey: Valkey, subject: 
     ended = time.perf_counter()
     assert (first, sum(then)) == (40 // INSTANCES, 0)
     assert limiter.degraded
+    assert noticed - began < 2  # it is 0.05; left to itself, redis-py takes a minute
     assert ended - noticed < noticed - began  # a hundred calls in a row: none of them waits any more
     own_valkey.thaw()
     await until(limiter, degraded=False)
@@ -253,14 +272,14 @@ async def test_a_frozen_redis_costs_one_short_wait(own_valkey: Valkey, subject: 
 
 
 async def test_a_process_that_was_held_up_does_not_blame_redis(valkey: Valkey, subject: str):
-    limiter = await connected(valkey.url)
-    for _ in range(3):
-        calls = asyncio.gather(*(limiter.spend(subject, 1, 100) for _ in range(10)))
-        await asyncio.sleep(0)  # the calls are made
-        await asyncio.sleep(0)  # and sent
-        asyncio.get_running_loop().call_soon(time.sleep, 0.2)
-        await calls
-        assert not limiter.degraded
+    limiter = RedisLimiter(valkey.url, LocalLimiter(), answer_timeout=0.1)
+    await until(limiter, degraded=False)
+    calls = asyncio.gather(*(limiter.spend(subject, 1, 100) for _ in range(10)))
+    await asyncio.sleep(0)  # the calls are made
+    await asyncio.sleep(0)  # and sent
+    asyncio.get_running_loop().call_soon(time.sleep, 0.5)
+    await calls
+    assert not limiter.degraded
     await limiter.close()
 
 
@@ -305,10 +324,14 @@ async def test_a_caller_that_leaves_takes_nobody_along(valkey: Valkey, subject: 
     await limiter.close()
 
 
-async def test_redis_absent_at_the_start_is_not_fatal(own_valkey: Valkey, subject: str):
+async def test_redis_absent_at_the_start_is_logged_once_and_not_fatal(
+    own_valkey: Valkey, subject: str, caplog: pytest.LogCaptureFixture
+):
     own_valkey.kill()
     limiter = RedisLimiter(own_valkey.url, LocalLimiter(lambda: INSTANCES))
     assert await admitted(200, subject, 100, limiter) == 100 // INSTANCES
+    await asyncio.sleep(2 * RECONNECT_INTERVAL)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
     own_valkey.start()
     await until(limiter, degraded=False)
     await limiter.close()

@@ -90,11 +90,14 @@ def test_a_lowered_limit_counts_what_was_spent_before():
     window, _ = spend_one_by_one(NOON, Window(), 60)
     _, decision = spend(NOON, window, 1, 10)
     assert (decision.allowed, decision.remaining) == (False, 0)
+    assert spend(NOON, window, 0, 10)[1].allowed
 
 
 def test_a_clock_that_steps_back_over_the_boundary_does_not_reopen_the_minute():
     window, _ = spend_one_by_one(NOON, Window(), 60)
     assert not spend(NOON - 50, window, 1, 60)[1].allowed
+    window = Window(NOON // MINUTE, current=10, previous=30)
+    assert spend(NOON - 50, window, 0, 60)[1].remaining == 20
 
 
 def test_a_clock_that_was_far_ahead_does_not_block_for_long():

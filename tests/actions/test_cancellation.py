@@ -1,0 +1,182 @@
+"""A caller that goes away: before the commit nothing happens, after it the delivery is made once and recorded."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from relay import errors
+from relay.v1 import actions_pb2
+
+from tests.actions.caller import Caller, answer, held, received
+from tests.harness import Relay
+
+SWEEP = 60  # executions
+SWEEP_SECONDS = 0.015  # the latest cancellation; an execution takes about as long
+
+
+@asynccontextmanager
+async def locked(relay: Relay, preview: actions_pb2.Preview) -> AsyncIterator[None]:
+    """Holds the preview's row, so that a commit that wants it waits."""
+    holder = await asyncpg.connect(relay.url)
+    try:
+        async with holder.transaction():
+            await holder.fetch("SELECT FROM previews WHERE id = $1 FOR UPDATE", preview.id)
+            yield
+    finally:
+        await holder.close()
+
+
+async def blocked(relay: Relay) -> None:
+    """Waits until a statement waits for a lock."""
+    async with asyncio.timeout(5):
+        while not await relay.sql(
+            "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        ):
+            await asyncio.sleep(0.005)
+
+
+async def events(relay: Relay, *request_ids: str) -> list[tuple[str, str, str]]:
+    """What the audit log says of these calls, once it says something of each."""
+    async with asyncio.timeout(5):
+        while True:
+            rows = await relay.sql(
+                "SELECT request_id, status, reason FROM audit_logs"
+                " WHERE action = 'ActionsService.Execute' AND request_id = ANY($1)",
+                request_ids,
+            )
+            if {row["request_id"] for row in rows} == set(request_ids):
+                await asyncio.sleep(0.05)  # a second event would be a defect
+                return [tuple(row) for row in rows]
+            await asyncio.sleep(0.02)
+
+
+async def used_by(relay: Relay, preview: actions_pb2.Preview) -> object:
+    [row] = await relay.sql("SELECT execution_id FROM previews WHERE id = $1", preview.id)
+    return row["execution_id"]
+
+
+async def assert_nothing_happened(caller: Caller, preview: actions_pb2.Preview, request_id: str) -> None:
+    assert await events(caller.relay, request_id) == [(request_id, "failed", "CANCELLED")]
+    assert not await caller.executions(preview)
+    assert await used_by(caller.relay, preview) is None
+    assert not caller.receiver.requests
+    assert (await caller.execute(preview)).state == actions_pb2.EXECUTION_STATE_SUCCESS
+
+
+async def assert_happened_once(caller: Caller, preview: actions_pb2.Preview, request_id: str) -> None:
+    [row] = await caller.executions(preview)
+    execution = await caller.ended(str(row["id"]))
+    assert execution.state == actions_pb2.EXECUTION_STATE_SUCCESS
+    assert caller.receiver.ids() == [execution.id]
+    assert await caller.attempts(execution.id) == ["success"]
+    assert await events(caller.relay, request_id) == [(request_id, "success", "")]
+
+
+async def test_cancelled_while_it_waits_for_its_turn_nothing_happens(relay: Relay, caller: Caller) -> None:
+    first, second = await caller.preview(), await caller.preview()
+    async with locked(relay, first):
+        blocking = caller.call(first)
+        await blocked(relay)
+        waiting = caller.call(second, request_id="waits-for-its-turn")
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        await asyncio.sleep(0.05)
+    await answer(blocking)
+    caller.receiver.requests.clear()
+    await assert_nothing_happened(caller, second, "waits-for-its-turn")
+
+
+async def test_cancelled_while_its_commit_fails_nothing_happens(relay: Relay, caller: Caller) -> None:
+    preview = await caller.preview()
+    async with locked(relay, preview):
+        call = caller.call(preview, request_id="commit-fails")
+        await blocked(relay)
+        call.cancel()
+        await asyncio.sleep(1.1)  # the wait for a lock ends after a second
+    await assert_nothing_happened(caller, preview, "commit-fails")
+
+
+async def test_cancelled_while_its_commit_succeeds_it_happens_once(relay: Relay, caller: Caller) -> None:
+    preview = await caller.preview()
+    async with locked(relay, preview):
+        call = caller.call(preview, request_id="commit-succeeds")
+        await blocked(relay)
+        call.cancel()
+        await asyncio.sleep(0.05)
+    await received(caller.receiver, 1)
+    await assert_happened_once(caller, preview, "commit-succeeds")
+
+
+@pytest.mark.parametrize("way", ["cancel", "deadline"])
+async def test_a_caller_that_leaves_during_the_delivery_does_not_stop_it(caller: Caller, way: str) -> None:
+    release = held(caller.receiver)
+    preview = await caller.preview()
+    request_id = f"during-delivery-{way}"
+    call = caller.call(preview, wait=30, deadline=20 if way == "cancel" else 0.3, request_id=request_id)
+    await received(caller.receiver, 1)
+    if way == "cancel":
+        call.cancel()
+    else:
+        with pytest.raises((errors.DeadlineExceeded, errors.Cancelled)):
+            # The answer comes 0.2 s before the deadline; one that is not waited for is a caller that left.
+            await answer(call)
+            raise errors.Cancelled
+    await asyncio.sleep(0.05)
+    release.set()
+    await assert_happened_once(caller, preview, request_id)
+
+
+async def test_cancelled_while_a_refusal_is_written_down_it_is_written_down(relay: Relay, caller: Caller) -> None:
+    preview = await caller.preview()
+    await relay.sql("UPDATE previews SET expires_at = now() WHERE id = $1", preview.id)
+    holder = await asyncpg.connect(relay.url)
+    try:
+        async with holder.transaction():
+            await holder.execute("LOCK TABLE audit_logs IN SHARE ROW EXCLUSIVE MODE")
+            call = caller.call(preview, request_id="refused-and-cancelled")
+            await blocked(relay)
+            call.cancel()
+            await asyncio.sleep(0.05)
+    finally:
+        await holder.close()
+    [(_, status, _)] = await events(relay, "refused-and-cancelled")
+    assert status == "failed"
+
+
+async def test_at_whatever_moment_the_caller_leaves_it_happened_once_or_not_at_all(
+    relay: Relay, caller: Caller
+) -> None:
+    moments = random.Random(4711)  # the same moments in every run
+    previews = [await caller.preview() for _ in range(SWEEP)]
+    request_ids = [f"sweep-{uuid4()}" for _ in previews]
+
+    async def leave(preview: actions_pb2.Preview, request_id: str, after: float) -> None:
+        call = caller.call(preview, request_id=request_id)
+        await asyncio.sleep(after)
+        call.cancel()
+
+    for start in range(0, SWEEP, 4):
+        await asyncio.gather(
+            *(
+                leave(preview, request_id, moments.uniform(0, SWEEP_SECONDS))
+                for preview, request_id in zip(previews[start : start + 4], request_ids[start : start + 4], strict=True)
+            )
+        )
+    await relay.sql("SELECT pg_sleep(0.2)")  # calls that were still on their way have arrived or never will
+    rows = await caller.executions(*previews)
+    for row in rows:
+        assert (await caller.ended(str(row["id"]))).state == actions_pb2.EXECUTION_STATE_SUCCESS
+        assert await caller.attempts(str(row["id"])) == ["success"]
+    assert sorted(caller.receiver.ids()) == sorted(str(row["id"]) for row in rows)
+    assert 0 < len(rows) < SWEEP, "all of them ended alike: move SWEEP_SECONDS"
+    by_preview = {str(row["preview_id"]): row["id"] for row in rows}
+    for preview in previews:
+        assert await used_by(relay, preview) == by_preview.get(preview.id)
+    executed = {str(row["id"]) for row in rows}
+    logged = await relay.sql("SELECT request_id, status, target FROM audit_logs WHERE request_id = ANY($1)", request_ids)
+    assert len({row["request_id"] for row in logged}) == len(logged), "a call has two events"
+    assert {row["target"].removeprefix("executions/") for row in logged if row["status"] == "success"} == executed
