@@ -3,7 +3,7 @@
 What is in the data folder:
 
     owner.lock   locked by the owning process; its pid
-    server.lock  locked by embedded_guard.py and all it started; the guard's pid and the socket's directory
+    server.lock  locked by embedded_guard.py and all it started; the socket's directory, the guard's pid
     server.log   of the last start
     data/        the cluster; data.new/ while initdb makes it
 
@@ -48,7 +48,7 @@ class EmbeddedPostgres:
     """A PostgreSQL server that lives and dies with this process.
 
     folder: absolute or relative to the working directory; this instance owns it, and makes it with mode 0700.
-    durable: False trades everything that survives a power cut for speed; for tests.
+    durable: False is faster, loses the last commits if the server is killed, and all data in a power cut; for tests.
 
     One process owns a folder at a time. The server is reached by a unix socket in a 0700 directory, by no other way.
     """
@@ -143,6 +143,7 @@ class EmbeddedPostgres:
         with self._open("server.lock") as lock:
             self._claim(lock)
             self._sockets = tempfile.mkdtemp(prefix="relay-", dir=temp)
+            print(self._sockets, file=lock, flush=True)
             with self._open("server.log") as log:
                 log.truncate(0)
                 mode = "durable" if self._durable else "fast"
@@ -208,7 +209,7 @@ class EmbeddedPostgres:
                     os.kill(leftover, signal.SIGINT if waited < FAST_SHUTDOWN_SECONDS else signal.SIGQUIT)
             time.sleep(POLL_SECONDS)
         lock.seek(0)
-        _remove_sockets(lock.read().partition("\n")[2].rstrip("\n"))
+        _remove_sockets(lock.readline().strip())
         lock.truncate(0)
         shutil.rmtree(self._folder / "data.new", ignore_errors=True)
         (self._data / "postmaster.pid").unlink(missing_ok=True)  # PostgreSQL would trust it if its pid was used again
@@ -221,7 +222,8 @@ class EmbeddedPostgres:
         with suppress(FileNotFoundError, ProcessLookupError, ValueError, IndexError):
             lock.seek(0)
             server = int((self._data / "postmaster.pid").read_text(errors="surrogateescape").splitlines()[0])
-            if os.getsid(server) == int(lock.readline()):
+            _, guard = lock.read().split()
+            if os.getsid(server) == int(guard):
                 return server
         return None
 

@@ -27,7 +27,7 @@ CLONE_NEWUSER = 0x10000000  # <linux/sched.h>; os.unshare came with Python 3.12
 
 
 def main(lock: int, programs: str, sockets: str, mode: str) -> int:
-    os.pwrite(lock, os.fsencode(f"{os.getpid()}\n{sockets}\n"), 0)
+    os.write(lock, b"%d\n" % os.getpid())
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # only the owner's end counts; PostgreSQL does not inherit a handler
     if os.geteuid() == 0:

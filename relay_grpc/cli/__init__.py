@@ -1,14 +1,106 @@
-"""The command `relay`."""
+"""The command `relay`.
+
+Commands import what they need when they run: the help and the commands over gRPC start without the server's modules.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
-from relay_grpc.cli.demo import demo
-from relay_grpc.cli.serve import serve
+from relay_grpc.cli import actions, audit, connections, database, executions, keys
+from relay_grpc.cli.client import Target
+from relay_grpc.cli.failures import EPILOG, Failure
 
-app = typer.Typer(add_completion=False)
-app.command()(serve)
-app.command()(demo)
+SERVER = "Server and database"
+API = "Over gRPC"
+CONNECTING = "Options of what goes over gRPC"
+LEAVE_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+# A traceback with local variables would show keys.
+app = typer.Typer(
+    epilog=EPILOG, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
+)
+
+
+def _forward(ctx: typer.Context, command: Callable[..., None]) -> None:
+    """Runs a command that was imported only now, with the arguments that this one left alone."""
+    forwarded = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    forwarded.command()(command)
+    forwarded(args=ctx.args, prog_name=ctx.command_path)
+
+
+@app.command("serve", add_help_option=False, context_settings=LEAVE_ARGUMENTS, rich_help_panel=SERVER)
+def _serve(ctx: typer.Context) -> None:
+    """Run a server until Ctrl-C or SIGTERM."""
+    from relay_grpc.cli.serve import serve
+
+    _forward(ctx, serve)
+
+
+@app.command("demo", add_help_option=False, context_settings=LEAVE_ARGUMENTS, rich_help_panel=SERVER)
+def _demo(ctx: typer.Context) -> None:
+    """Run a server, and see one webhook sent and verified."""
+    from relay_grpc.cli.demo import demo
+
+    _forward(ctx, demo)
+
+
+for command in (database.migrate, database.bootstrap, database.keygen):
+    app.command(rich_help_panel=SERVER)(command)
+app.command(rich_help_panel=API)(keys.whoami)
+for group in (keys, connections, actions, executions, audit):
+    app.add_typer(group.app, name=group.__name__.rpartition(".")[2], rich_help_panel=API)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"relay {version('relay-grpc')}")
+        raise typer.Exit
+
+
+@app.callback()
+def relay(
+    ctx: typer.Context,
+    address: Annotated[
+        str, typer.Option(envvar="RELAY_ADDRESS", metavar="HOST:PORT", help="The server.", rich_help_panel=CONNECTING)
+    ] = "127.0.0.1:50051",
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELAY_API_KEY",
+            metavar="KEY",
+            help="Your key. Unset: on this machine, the admin key of its development server.",
+            rich_help_panel=CONNECTING,
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            metavar="",
+            help="Plaintext to another machine, which shows the key to the network. Otherwise TLS.",
+            rich_help_panel=CONNECTING,
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print one JSON document.", rich_help_panel=CONNECTING)
+    ] = False,
+    _: Annotated[
+        bool, typer.Option("--version", metavar="", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Relay: the door a backend goes through before it does something it can't take back."""
+    ctx.obj = Target(address, api_key, insecure, as_json)
 
 
 def main() -> None:
-    app()
+    """Runs the command that the arguments name and ends the process."""
+    try:
+        app(prog_name="relay")
+    except Failure as failure:
+        failure.show()
+        sys.exit(failure.code)

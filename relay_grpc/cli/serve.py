@@ -100,7 +100,7 @@ def _ready(settings: Settings) -> Iterator[Ready]:
             settings = datafolder.with_key_material(settings)
         yield Ready(settings, settings.database_url.get_secret_value(), lambda: True, {})
         return
-    with EmbeddedPostgres(settings.data_dir) as postgres:
+    with EmbeddedPostgres(settings.data_dir / "postgres") as postgres:
         settings = datafolder.with_key_material(settings)
         migrate(postgres.url())
         credentials = settings.data_dir / datafolder.CREDENTIALS
@@ -125,7 +125,7 @@ async def _serve(ready: Ready, job: Callable[[Ready, App], Awaitable[Any]], *, o
             while not once and not stopped.done():
                 if not ready.database_lives():
                     raise DatabaseUnusable(
-                        f"the embedded PostgreSQL has ended; its log is {ready.settings.data_dir / 'server.log'}"
+                        f"the embedded PostgreSQL has ended; its log is {ready.settings.data_dir / 'postgres' / 'server.log'}"
                     )
                 await asyncio.wait([stopped], timeout=ALIVE_SECONDS)
         finally:

@@ -33,7 +33,7 @@ def rate_limit(limiter: Limiter, metrics: Metrics, *, calls_per_minute: int, exe
                     raise errors.RateLimited(
                         subject=f"workspace {call.workspace_id}",
                         quota=budget,
-                        limit=limit,
+                        limit=decision.limit,
                         retry_after=decision.retry_after,
                     )
             return await handler(call, request)

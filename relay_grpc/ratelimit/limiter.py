@@ -25,14 +25,14 @@ BATCH = 256  # commands in a round trip: about 3 ms of the server's time, so tha
 SCRIPT = files(__package__).joinpath("window.lua").read_text()
 SCRIPT_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 KEY_PREFIX = "relay:limit:"
-LOAD_SCRIPT = ("SCRIPT LOAD", SCRIPT)
-# Writes, so that a server that is read-only, full or still loading does not count as back.
-PROBE = ("EVALSHA", SCRIPT_SHA, 1, f"{KEY_PREFIX}probe", 1, 1_000_000_000)
+# Leaves the script with the server, and writes, so that one that is read-only, full or loading doesn't count as back.
+PROBE = ("EVAL", SCRIPT, 1, f"{KEY_PREFIX}probe", 1, 1_000_000_000)
 
 # Over what the URL says. The timeouts are kept here: redis-py would set a timer for every command.
 OPTIONS = {"protocol": 2, "driver_info": None, "socket_timeout": None, "socket_connect_timeout": None}
 
 Command = tuple[str | int, ...]
+Request = tuple[Command, asyncio.Future[list[int]]]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class Limiter(Protocol):
 class LocalLimiter:
     """Counts in this process, which grants its share of each limit: limit / instances, at least one unit.
 
+    It uses the window that Redis uses, and not a token bucket: one behaviour, and no burst on top of the limit.
     instances: how many instances of Relay are alive. clock: seconds since the epoch.
     A subject is forgotten after a minute of rest, so the memory follows the subjects of the last two minutes.
     """
@@ -142,7 +143,7 @@ class RedisLimiter:
 
 
 class _Node:
-    """One server behind one connection, on which concurrent calls travel together.
+    """One server behind one connection, on which concurrent requests travel together.
 
     What is asked while a round trip is under way leaves with the next one: there is no timer and no waiting to fill.
     """
@@ -151,7 +152,7 @@ class _Node:
         self._connection = connection
         self._answer_timeout = answer_timeout
         self._name = getattr(connection, "path", None) or f"{connection.host}:{connection.port}"
-        self._waiting: list[tuple[Command, asyncio.Future[list[int]]]] = []  # unanswered, those under way first
+        self._waiting: list[Request] = []  # unanswered, those under way first
         self._asked = asyncio.Event()
         self._tried = asyncio.Event()
         self._lost = False
@@ -200,7 +201,7 @@ class _Node:
         """Connects and answers until something fails."""
         async with asyncio.timeout(CONNECT_TIMEOUT):
             await self._connection.connect()
-        await self._exchange([LOAD_SCRIPT, PROBE])
+        await self._exchange([PROBE])
         if self._lost:
             logger.info("Redis at %s is back, limits are shared by all instances", self._name)
         self._lost = False
@@ -211,21 +212,19 @@ class _Node:
             while self._waiting:
                 await self._answer(self._waiting[:BATCH])
 
-    async def _answer(self, batch: list[tuple[Command, asyncio.Future[list[int]]]]) -> None:
+    async def _answer(self, batch: list[Request]) -> None:
         replies = await self._exchange([command for command, _ in batch])
-        unknown = []
+        again: list[Request] = []
         for (command, future), reply in zip(batch, replies, strict=True):
             if isinstance(reply, NoScriptError):
-                unknown.append((command, future))
+                again.append((("EVAL", SCRIPT, *command[2:]), future))
             elif future.done():  # its caller has gone
                 continue
             elif isinstance(reply, AskError):
                 future.set_exception(reply)
             else:
                 future.set_result(reply)
-        self._waiting[: len(batch)] = unknown
-        if unknown:
-            await self._exchange([LOAD_SCRIPT])
+        self._waiting[: len(batch)] = again
 
     async def _exchange(self, commands: list[Command]) -> list[Any]:
         """One round trip."""

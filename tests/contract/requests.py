@@ -38,7 +38,7 @@ EDGES: dict[tuple[str, str], Callable[[Any], tuple[Any, Any]]] = {
     ("string", "max_bytes"): lambda n: (_url(n), _url(n + 1)),
     ("string", "pattern"): PATTERNS.__getitem__,
     ("string", "uuid"): lambda _: (str(UUID(int=1)), str(UUID(int=1))[:-1]),
-    ("string", "uri"): lambda _: ("https://relay.example", "relay.example"),
+    ("string", "uri"): lambda _: ("http://127.0.0.1:9", "127.0.0.1"),
     ("string", "in"): lambda allowed: (allowed[0], allowed[0] + "x"),
     ("int32", "gte"): lambda n: (n, n - 1),
     ("int32", "lte"): lambda n: (n, n + 1),

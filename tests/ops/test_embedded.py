@@ -126,7 +126,7 @@ def processes(folder: Path) -> list[psutil.Process]:
 
 
 def guard_of(folder: Path) -> psutil.Process:
-    return psutil.Process(int((folder / "server.lock").read_text().split()[0]))
+    return psutil.Process(int((folder / "server.lock").read_text().split()[1]))
 
 
 def server_of(folder: Path) -> psutil.Process:
@@ -134,7 +134,7 @@ def server_of(folder: Path) -> psutil.Process:
 
 
 def sockets_of(folder: Path) -> Path:
-    return Path((folder / "server.lock").read_text().splitlines()[1])
+    return Path((folder / "server.lock").read_text().split()[0])
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -303,7 +303,7 @@ def test_another_program_that_got_the_pid_of_a_dead_server_is_left_alone(folder)
     server = EmbeddedPostgres(folder)
     starting = threading.Thread(target=server.start)
     with (folder / "server.lock").open("r+") as lock:  # as held by the last of the dead server's backends
-        print(guard_of_the_dead := 1, file=lock, flush=True)
+        print(folder / "no-socket", guard_of_the_dead := 1, sep="\n", file=lock, flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
         starting.start()
         time.sleep(0.2)

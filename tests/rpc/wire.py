@@ -1,5 +1,6 @@
 """Calls without a client: any method by its descriptor, any bytes, any metadata, and all of what comes back."""
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,10 @@ DETAILS = (
     error_details_pb2.BadRequest,
     error_details_pb2.QuotaFailure,
     error_details_pb2.RetryInfo,
+)
+# What only a text that was not meant for a client holds.
+INTERNALS = re.compile(
+    r"traceback|exception|\bFile \"|\.py\b|relay_grpc|asyncpg|postgres|\bsql\b|relation \"|redis", re.IGNORECASE
 )
 
 
@@ -51,6 +56,7 @@ class Answer:
         """Why it failed, after a look at what every error has to carry."""
         assert self.status is not None, self
         assert self.status.message == self.text
+        assert not INTERNALS.search(str(self.status)), self
         info = self.detail(error_details_pb2.ErrorInfo)
         assert info.domain == "relay.v1"
         assert info.metadata["request_id"] == self.trailing["x-request-id"]

@@ -11,7 +11,7 @@ import pytest
 from relay.v1 import actions_pb2
 
 from relay_grpc.schema import migrate
-from tests.harness import Receiver, receiving, running, settings_for
+from tests.harness import receiving, running, settings_for
 
 pytestmark = pytest.mark.stack
 PROGRAMS = Path("/usr/lib/postgresql/15/bin")
@@ -62,13 +62,15 @@ async def wait_until_ready(url: str) -> None:
 async def test_the_main_job(url: str, tmp_path: Path) -> None:
     await wait_until_ready(url)
     await asyncio.to_thread(migrate, url)
-    receiver: Receiver
-    async with running(url, settings_for(tmp_path / "data")) as relay, receiving() as receiver:
-        async with relay.connect(relay.tenant.admin) as client:
-            connection = await client.connections.create_webhook("out", receiver.url, default=True)
-            for number in range(5):
-                preview = await client.actions.preview("webhook.send", {"payload": {"number": number}})
-                execution = await client.actions.execute(preview)
-                assert execution.state == actions_pb2.EXECUTION_STATE_SUCCESS
-            receiver.verify(connection.signing_secret)
-            assert len([event async for event in client.audit.list_events(action="delivery.attempt")]) == 5
+    async with (
+        running(url, settings_for(tmp_path / "data")) as relay,
+        receiving() as receiver,
+        relay.connect(relay.tenant.admin) as client,
+    ):
+        connection = await client.connections.create_webhook("out", receiver.url, default=True)
+        for number in range(5):
+            preview = await client.actions.preview("webhook.send", {"payload": {"number": number}})
+            execution = await client.actions.execute(preview)
+            assert execution.state == actions_pb2.EXECUTION_STATE_SUCCESS
+        receiver.verify(connection.signing_secret)
+        assert len([event async for event in client.audit.list_events(action="delivery.attempt")]) == 5

@@ -1,0 +1,87 @@
+"""The operator's commands on the database itself: `relay migrate`, `relay bootstrap`, `relay keygen`."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from relay_grpc.cli.client import Json
+from relay_grpc.cli.failures import Exit, Failure
+from relay_grpc.cli.output import fields, show_json, tell
+
+if TYPE_CHECKING:
+    from relay_grpc.settings import Settings
+
+
+def migrate(
+    database_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Unset: DATABASE_PUBLIC_URL, or else DATABASE_URL."),
+    ] = None,
+) -> None:
+    """Bring the database to the schema of this version."""
+    # As in development: a migration needs a URL, not the key material that production serves with.
+    settings = _settings(database_url=database_url, database_public_url=database_url, env="development")
+    url = settings.database_public_url or settings.database_url
+    if url is None:
+        raise Failure("no DATABASE_URL: the embedded database is migrated by 'relay serve' itself", code=Exit.USAGE)
+
+    from relay_grpc.db import DatabaseUnusable
+    from relay_grpc.schema import migrate
+
+    try:
+        migrate(url.get_secret_value())
+    except DatabaseUnusable as error:
+        raise Failure(str(error)) from error
+    tell("The database has the schema of this version.")
+
+
+def bootstrap(
+    workspace: Annotated[str, typer.Option(metavar="NAME", help="The workspace's name.")] = "default",
+    new_keys: Annotated[
+        bool, typer.Option("--new-keys", metavar="", help="Make keys although the workspace exists.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a workspace on DATABASE_URL with an admin and a developer key, and show the keys, this once."""
+    settings = _settings()
+    url = settings.database_url
+    if url is None:
+        raise Failure("no DATABASE_URL: the embedded database is bootstrapped by 'relay serve' itself", code=Exit.USAGE)
+
+    import asyncio
+
+    from relay_grpc.bootstrap import bootstrap
+    from relay_grpc.datafolder import with_key_material
+    from relay_grpc.db import DatabaseUnusable
+
+    if settings.is_development:
+        settings = with_key_material(settings)
+    try:
+        made = asyncio.run(bootstrap(url.get_secret_value(), settings, workspace=workspace, new_keys=new_keys))
+    except DatabaseUnusable as error:
+        raise Failure(str(error)) from error
+    if as_json:
+        show_json({"workspaceId": str(made.workspace_id), "keys": made.keys})
+        return
+    tell(fields({"workspace": str(made.workspace_id)} | {f"{role} key": key for role, key in made.keys.items()}))
+    if made.keys:
+        tell("\nThe keys are shown this once: keep them now.")
+    else:
+        tell("\nThe workspace exists; --new-keys makes new keys beside the ones it has.")
+
+
+def keygen() -> None:
+    """Print fresh values for RELAY_ENCRYPTION_KEYS and RELAY_HASH_KEY."""
+    from relay_grpc.datafolder import new_key_material
+
+    for name, value in new_key_material().items():
+        typer.echo(f"{name}={value}")
+
+
+def _settings(**overrides: Any) -> "Settings":
+    from relay_grpc.settings import Settings, SettingsError
+
+    try:
+        return Settings.load(**overrides)
+    except SettingsError as error:
+        raise Failure(*error.problems, code=Exit.USAGE) from error

@@ -1,0 +1,89 @@
+"""How a command fails: sentences for the person on standard error, an exit code for the script."""
+
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from relay_grpc.cli.output import plain
+
+if TYPE_CHECKING:
+    from relay.errors import RelayError
+
+EPILOG = """\
+Exit codes:
+
+0  done, or an execution is recorded and goes on
+1  the action ended otherwise than in success, or something else failed
+2  the command, its values or the settings are wrong
+3  no valid API key, or one that may not do this
+4  no such resource in the workspace
+5  refused: the name is taken, or the state it needs is not there
+6  a rate limit is spent: try again later
+7  no server answers, or it is too busy: try again"""
+
+
+class Exit(IntEnum):
+    """The exit codes of EPILOG."""
+
+    FAILED = 1
+    USAGE = 2
+    DENIED = 3
+    NOT_FOUND = 4
+    REFUSED = 5
+    RATE_LIMITED = 6
+    UNAVAILABLE = 7
+
+
+# By google.rpc.Code. What is not here is FAILED.
+_EXITS = {
+    "INVALID_ARGUMENT": Exit.USAGE,
+    "UNAUTHENTICATED": Exit.DENIED,
+    "PERMISSION_DENIED": Exit.DENIED,
+    "NOT_FOUND": Exit.NOT_FOUND,
+    "ALREADY_EXISTS": Exit.REFUSED,
+    "FAILED_PRECONDITION": Exit.REFUSED,
+    "RESOURCE_EXHAUSTED": Exit.RATE_LIMITED,
+    "ABORTED": Exit.UNAVAILABLE,
+    "UNAVAILABLE": Exit.UNAVAILABLE,
+    "DEADLINE_EXCEEDED": Exit.UNAVAILABLE,
+}
+
+
+class Failure(Exception):
+    """Ends the command with `code`. lines: what is wrong and what to do, a sentence each."""
+
+    def __init__(self, *lines: str, code: Exit = Exit.FAILED) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+        self.code = code
+
+    def show(self) -> None:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        first, *others = self.lines
+        console.print(Text("error: ", "red") + plain(first))
+        for line in others:
+            console.print("  ", plain(line), sep="")
+
+
+def of_call(error: "RelayError", address: str) -> Failure:
+    """The Failure for a call to the server at `address`. The error's notes become lines of it."""
+    code = error.code.name
+    lines = [_sentence(error, address)]
+    lines += [f"{field}: {problem}" if field else problem for field, problem in error.violations]
+    if error.retry_after is not None and "try again in" not in error.message:
+        lines.append(f"try again in {error.retry_after:.3g} s")
+    lines += getattr(error, "__notes__", [])
+    return Failure(*lines, code=_EXITS.get(code, Exit.FAILED))
+
+
+def _sentence(error: "RelayError", address: str) -> str:
+    if error.reason == "UNAVAILABLE":  # the code's own name: nobody answered who knows a reason
+        return f"no Relay answers at {address}; start one with 'relay serve'"
+    if error.reason == "DEADLINE_EXCEEDED":
+        return f"{address} gave no answer in time"
+    if error.violations:
+        return f"the server refused the values ({error.reason})"
+    request = f", request {error.request_id}" if error.reason == "INTERNAL" and error.request_id else ""
+    return f"{error.message} ({error.reason}{request})"

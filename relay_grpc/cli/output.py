@@ -1,0 +1,135 @@
+"""What commands print: tables and fields for people, JSON for scripts. Nothing else goes to standard output."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+Item = TypeVar("Item")
+UUID_LENGTH = 36
+EXCERPT_LENGTH = 200
+
+# By the word for an enum's value.
+_STYLES = {
+    "success": "green",
+    "pending": "yellow",
+    "executing": "cyan",
+    "unknown": "magenta",
+    "cancelled": "dim",
+    "failed": "red",
+    "denied": "red",
+    "refused": "red",
+    "timeout": "red",
+    "unreachable": "red",
+    "egress_refused": "red",
+    "interrupted": "red",
+    "unsendable": "red",
+}
+
+
+def show(answer: "Message | Sequence[Message]", view: Callable[[Any], RenderableType], *, as_json: bool) -> None:
+    """Prints messages of the API: as protobuf's JSON, lists as an array, or as `view` makes it for people."""
+    if as_json:
+        from google.protobuf.json_format import MessageToDict
+        from google.protobuf.message import Message
+
+        def document(message: Message) -> dict[str, Any]:
+            return MessageToDict(message, always_print_fields_with_no_presence=True)
+
+        show_json(document(answer) if isinstance(answer, Message) else [document(message) for message in answer])
+    else:
+        tell(view(answer))
+
+
+def show_json(document: object) -> None:
+    """Prints one JSON document. It is ASCII, so that a terminal takes nothing in it for a command."""
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def tell(*renderables: RenderableType, stderr: bool = False) -> None:
+    """Prints for people: in colour on a terminal, plain elsewhere and with NO_COLOR."""
+    Console(stderr=stderr, highlight=False, markup=False, emoji=False).print(*renderables)
+
+
+def tell_secret(name: str, secret: str) -> None:
+    """Prints a secret on one line however long it is, so that it can be copied."""
+    sys.stdout.write(f"\n{name}: {secret}\nIt is shown this once: keep it now.\n")
+
+
+def first(items: Iterator[Item], limit: int) -> list[Item]:
+    """At most `limit` items; says so on standard error where there are more."""
+    taken = list(islice(items, limit + 1))
+    if len(taken) > limit:
+        tell(f"The newest {limit}; there are more: raise --limit.", stderr=True)
+    return taken[:limit]
+
+
+def listing(headings: Sequence[str], rows: Iterable[Sequence[str | Text]], *, none: str) -> RenderableType:
+    """A table that folds what does not fit, but never an id. none: what to say where there are no rows."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for heading in headings:
+        if heading == "ID":
+            table.add_column(heading, min_width=UUID_LENGTH, no_wrap=True)
+        else:
+            table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else plain(cell) for cell in row))
+    return table if table.row_count else Text(none)
+
+
+def fields(values: Mapping[str, str | Text]) -> Table:
+    """Names and values below each other; empty values are left out."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        if value:
+            table.add_row(name, value if isinstance(value, Text) else plain(value))
+    return table
+
+
+def plain(text: str) -> Text:
+    """Text from elsewhere: on one line, and with nothing in it that steers a terminal."""
+    one_line = " ".join(text.split())
+    return Text("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in one_line))
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= EXCERPT_LENGTH else text[:EXCERPT_LENGTH] + "..."
+
+
+def word(message: "Message", field: str) -> Text:
+    """The value of an enum field as a word: "success" for EXECUTION_STATE_SUCCESS."""
+    enum: Any = message.DESCRIPTOR.fields_by_name[field].enum_type
+    number = getattr(message, field)
+    prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    known = enum.values_by_number.get(number)  # a newer server may know more values
+    name = known.name.removeprefix(prefix).lower() if known else str(number)
+    return Text(name.replace("_", " "), _STYLES.get(name, ""))
+
+
+def when(timestamp: "Timestamp", *, now: datetime | None = None) -> str:
+    """A local time, as short as it can be told: 15:22:07 today, Nov 23 15:22 this year, else 2025-11-23."""
+    local = timestamp.ToDatetime(tzinfo=UTC).astimezone()
+    today = now or datetime.now().astimezone()
+    if local.date() == today.date():
+        return f"{local:%H:%M:%S}"
+    return f"{local:%b %d %H:%M}" if local.year == today.year else f"{local:%Y-%m-%d}"
+
+
+def moment(message: "Message", field: str) -> str:
+    """The local time in a timestamp field, to the second; "" where it is unset."""
+    if not message.HasField(field):
+        return ""
+    return f"{getattr(message, field).ToDatetime(tzinfo=UTC).astimezone():%Y-%m-%d %H:%M:%S %z}"

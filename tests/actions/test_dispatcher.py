@@ -1,0 +1,276 @@
+"""Attempts under leases: fenced, swept, counted, retried, and recorded though the database goes away for a while."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+from aiohttp import web
+from relay.v1 import actions_pb2
+
+from relay_grpc.actions.execution import MAX_ATTEMPTS
+from relay_grpc.app import serving
+from tests.actions.caller import Caller, answering, calling, held, received
+from tests.harness import Databases, Receiver, Relay, running, settings_for
+
+SUCCESS = actions_pb2.EXECUTION_STATE_SUCCESS
+EXECUTING = actions_pb2.EXECUTION_STATE_EXECUTING
+PENDING = actions_pb2.EXECUTION_STATE_PENDING
+FAILED = actions_pb2.EXECUTION_STATE_FAILED
+LATE = "came after its lease"
+
+
+async def make_due(relay: Relay, *ids: str) -> None:
+    await relay.sql("UPDATE action_executions SET next_attempt_at = now() WHERE id = ANY($1::uuid[])", ids)
+
+
+async def end_lease(relay: Relay, execution_id: str) -> None:
+    await relay.sql("UPDATE action_executions SET lease_until = now() WHERE id = $1", execution_id)
+
+
+async def ended_as(caller: Caller, execution_id: str, state: int) -> actions_pb2.Execution:
+    async with asyncio.timeout(10):
+        while (execution := await caller.get(execution_id)).state != state:
+            await asyncio.sleep(0.02)
+    return execution
+
+
+async def logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    async with asyncio.timeout(5):
+        while text not in caplog.text:
+            await asyncio.sleep(0.01)
+
+
+async def outcomes_in_audit_log(caller: Caller, execution_id: str) -> list[str]:
+    rows = await caller.relay.sql(
+        "SELECT status FROM audit_logs WHERE action = 'delivery.attempt' AND target = $1 ORDER BY id",
+        f"executions/{execution_id}",
+    )
+    return [row["status"] for row in rows]
+
+
+@asynccontextmanager
+async def out_of_reach(relay: Relay) -> AsyncIterator[None]:
+    """Cuts every connection to the database and lets nobody in."""
+    name = urlsplit(relay.url).path[1:]
+    elsewhere = await asyncpg.connect(relay.url.replace(name, "relay"))
+    try:
+        await elsewhere.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        await elsewhere.fetch("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name)
+        yield
+    finally:
+        await elsewhere.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        await elsewhere.close()
+
+
+async def test_a_worker_that_lost_its_lease_records_nothing(
+    relay: Relay, caller: Caller, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = held(caller.receiver)
+    preview = await caller.preview()
+    execution = await caller.execute(preview, wait=0)
+    await received(caller.receiver, 1)
+    await relay.sql("UPDATE action_executions SET lease_token = gen_random_uuid() WHERE id = $1", execution.id)
+    before = await caller.executions(preview)
+    release.set()
+    await logged(caplog, LATE)
+    assert await caller.executions(preview) == before
+    assert not await caller.attempts(execution.id)
+    assert not await outcomes_in_audit_log(caller, execution.id)
+
+
+async def test_an_attempt_whose_lease_ran_out_is_made_again_and_only_its_successor_records(
+    relay: Relay, caller: Caller, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = held(caller.receiver)
+    execution = await caller.execute(await caller.preview(), wait=0)
+    await received(caller.receiver, 1)
+    assert (await caller.get(execution.id)).attempt_count == 1, "an attempt counts from its claim on"
+    await asyncio.sleep(1)  # timestamps count seconds
+    await end_lease(relay, execution.id)
+    await received(caller.receiver, 2)
+    assert (await caller.get(execution.id)).attempt_count == 2
+    release.set()
+    await logged(caplog, LATE)
+    ended = await ended_as(caller, execution.id, SUCCESS)
+    assert ended.last_attempt.number == 2
+    assert await caller.attempts(execution.id) == ["interrupted", "success"]
+    (first, first_body), (second, second_body) = caller.receiver.requests
+    assert first["webhook-id"] == second["webhook-id"] == execution.id
+    assert first_body == second_body
+    assert int(second["webhook-timestamp"]) > int(first["webhook-timestamp"])
+    caller.receiver.verify(caller.connection.signing_secret)
+
+
+async def test_a_last_attempt_that_is_interrupted_ends_the_execution(relay: Relay, caller: Caller) -> None:
+    release = held(caller.receiver)
+    execution = await caller.execute(await caller.preview(), wait=0)
+    await received(caller.receiver, 1)
+    await relay.sql("UPDATE action_executions SET attempt_count = $2 WHERE id = $1", execution.id, MAX_ATTEMPTS)
+    await end_lease(relay, execution.id)
+    ended = await ended_as(caller, execution.id, FAILED)
+    assert (ended.attempt_count, ended.last_attempt.number) == (MAX_ATTEMPTS, MAX_ATTEMPTS)
+    assert ended.last_attempt.outcome == actions_pb2.ATTEMPT_OUTCOME_INTERRUPTED
+    assert ended.HasField("end_time")
+    release.set()
+    await asyncio.sleep(0.1)
+    assert await caller.get(execution.id) == ended
+    assert len(caller.receiver.requests) == 1
+
+
+async def test_the_last_refusal_ends_the_execution(relay: Relay, caller: Caller) -> None:
+    answering(caller.receiver, 503)
+    execution = await caller.execute(await caller.preview())
+    await relay.sql("UPDATE action_executions SET attempt_count = $2 WHERE id = $1", execution.id, MAX_ATTEMPTS - 1)
+    await make_due(relay, execution.id)
+    ended = await ended_as(caller, execution.id, FAILED)
+    assert (ended.attempt_count, ended.last_attempt.status_code) == (MAX_ATTEMPTS, 503)
+
+
+async def test_what_is_due_is_tried_again_until_it_succeeds(relay: Relay, caller: Caller) -> None:
+    answering(caller.receiver, 500)
+    execution = await caller.execute(await caller.preview())
+    for attempt in (2, 3):
+        if attempt == 3:
+            caller.receiver.answer = None
+        await make_due(relay, execution.id)
+        await received(caller.receiver, attempt)
+        execution = await caller.ended(execution.id)
+        assert execution.attempt_count == attempt
+    assert execution.state == SUCCESS
+    assert await caller.attempts(execution.id) == ["refused", "refused", "success"]
+    assert await outcomes_in_audit_log(caller, execution.id) == ["failed", "failed", "success"]
+    assert set(caller.receiver.ids()) == {execution.id}
+
+
+async def test_an_outcome_is_recorded_though_the_database_is_away_when_it_comes(relay: Relay, caller: Caller) -> None:
+    release = held(caller.receiver)
+    execution = await caller.execute(await caller.preview(), wait=0)
+    await received(caller.receiver, 1)
+    async with out_of_reach(relay):
+        release.set()
+        await asyncio.sleep(0.7)
+    assert (await ended_as(caller, execution.id, SUCCESS)).attempt_count == 1
+    assert caller.receiver.ids() == [execution.id]
+    assert await outcomes_in_audit_log(caller, execution.id) == ["success"]
+
+
+async def test_an_outcome_is_recorded_though_its_row_is_locked_when_it_comes(relay: Relay, caller: Caller) -> None:
+    release = held(caller.receiver)
+    execution = await caller.execute(await caller.preview(), wait=0)
+    await received(caller.receiver, 1)
+    holder = await asyncpg.connect(relay.url)
+    try:
+        async with holder.transaction():
+            await holder.fetch("SELECT FROM action_executions WHERE id = $1 FOR UPDATE", execution.id)
+            release.set()
+            await asyncio.sleep(1.3)  # the wait for a lock ends after a second
+    finally:
+        await holder.close()
+    assert (await ended_as(caller, execution.id, SUCCESS)).attempt_count == 1
+    assert caller.receiver.ids() == [execution.id]
+
+
+async def test_an_outcome_that_the_database_refuses_spoils_no_other_and_breaks_no_answer(
+    relay: Relay, caller: Caller
+) -> None:
+    async def teapot_at_first(_request: web.Request) -> web.Response:
+        return web.Response(status=418 if len(caller.receiver.requests) == 1 else 200)
+
+    await relay.sql("ALTER TABLE execution_attempts ADD CONSTRAINT no_tea CHECK (status_code <> 418)")
+    try:
+        caller.receiver.answer = teapot_at_first
+        refused, *others = await asyncio.gather(*[caller.execute(await caller.preview()) for _ in range(5)])
+    finally:
+        await relay.sql("ALTER TABLE execution_attempts DROP CONSTRAINT no_tea")
+    first = caller.receiver.ids()[0]
+    executions = {execution.id: execution for execution in (refused, *others)}
+    assert executions.pop(first).state == EXECUTING
+    assert {execution.state for execution in executions.values()} == {SUCCESS}
+    await end_lease(relay, first)
+    assert (await ended_as(caller, first, SUCCESS)).attempt_count == 2
+
+
+async def test_a_secret_that_cannot_be_read_is_not_the_receivers_fault(relay: Relay, caller: Caller) -> None:
+    preview = await caller.preview()
+    rename = "UPDATE connection_secrets SET encryption_key_id = $2 WHERE connection_id = $1 RETURNING id"
+    [secret] = await relay.sql(
+        "SELECT encryption_key_id FROM connection_secrets WHERE connection_id = $1", preview.connection_id
+    )
+    await relay.sql(rename, preview.connection_id, "lost")
+    execution = await caller.execute(preview)
+    assert execution.state == PENDING
+    assert execution.last_attempt.outcome == actions_pb2.ATTEMPT_OUTCOME_UNSENDABLE
+    assert "lost" not in execution.last_attempt.error
+    assert not caller.receiver.requests
+    await relay.sql(rename, preview.connection_id, secret["encryption_key_id"])
+    await make_due(relay, execution.id)
+    await ended_as(caller, execution.id, SUCCESS)
+
+
+async def test_two_servers_that_sweep_the_same_rows_make_each_attempt_once(relay: Relay, caller: Caller) -> None:
+    answering(caller.receiver, 503)
+    previews = [await caller.preview() for _ in range(60)]
+    executions = await asyncio.gather(*(caller.execute(preview) for preview in previews))
+    caller.receiver.answer = None
+    caller.receiver.requests.clear()
+    async with serving(relay.settings, relay.url):
+        await make_due(relay, *(execution.id for execution in executions))
+        for execution in executions:
+            await ended_as(caller, execution.id, SUCCESS)
+    assert sorted(caller.receiver.ids()) == sorted(execution.id for execution in executions)
+    for execution in executions:
+        assert await caller.attempts(execution.id) == ["refused", "success"]
+
+
+async def test_more_that_is_due_than_can_run_waits_unclaimed(
+    databases: Databases, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claimed work that waits for a slot would lose its lease, and an attempt with it, without having been tried."""
+    monkeypatch.setattr("relay_grpc.actions.dispatcher.MAX_RUNNING", 2)
+
+    async def slowly(_request: web.Request) -> web.Response:
+        await asyncio.sleep(0.1)
+        return web.Response()
+
+    settings = settings_for(tmp_path, RELAY_ATTEMPT_TIMEOUT="0.3", RELAY_LEASE="0.9")
+    async with databases.new() as url, running(url, settings) as relay, calling(relay, receiver) as caller:
+        answering(receiver, 503)
+        executions = [await caller.execute(await caller.preview()) for _ in range(16)]
+        receiver.requests.clear()
+        receiver.answer = slowly
+        await make_due(relay, *(execution.id for execution in executions))
+        for execution in executions:
+            await ended_as(caller, execution.id, SUCCESS)
+            assert await caller.attempts(execution.id) == ["refused", "success"]
+        assert sorted(receiver.ids()) == sorted(execution.id for execution in executions)
+
+
+async def test_a_server_that_stops_records_what_it_delivers(
+    databases: Databases, tmp_path: Path, receiver: Receiver
+) -> None:
+    """What it can't wait for is left to the next server, which sends it again under the same id."""
+    settings = settings_for(tmp_path)
+    async with databases.new() as url:
+        release = held(receiver)
+        async with running(url, settings) as relay, calling(relay, receiver) as caller:
+            soon = await caller.execute(await caller.preview(), wait=0)
+            await received(receiver, 1)
+            asyncio.get_running_loop().call_later(0.2, release.set)
+        assert await caller.attempts(soon.id) == ["success"]
+
+        held(receiver)
+        async with serving(settings, url) as app, calling(relay, receiver, listen=app.listen) as caller:
+            never = await caller.execute(await caller.preview(), wait=0)
+            await received(receiver, 2)
+        assert not await caller.attempts(never.id)
+
+        receiver.answer = None
+        await end_lease(relay, never.id)
+        async with serving(settings, url) as app, calling(relay, receiver, listen=app.listen) as caller:
+            await ended_as(caller, never.id, SUCCESS)
+        assert await caller.attempts(never.id) == ["interrupted", "success"]
+        assert receiver.ids() == [soon.id, never.id, never.id]
