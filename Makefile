@@ -44,7 +44,7 @@ bench: .venv/dev ## measure calls per second and CPU per call
 	@$(BIN)/python -m tests.bench
 
 UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-  --no-annotate --no-header --extra embedded --no-emit-package relay-client pyproject.toml requirements/build.in
+  --no-annotate --no-header --extra embedded --no-emit-package relay-client pyproject.toml requirements/run.in
 
 lock: .venv/dev ## resolve the dependencies anew
 	@$(UV_COMPILE) --output-file requirements/run.lock

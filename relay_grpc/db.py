@@ -36,7 +36,7 @@ def translated() -> Iterator[None]:
     """Turns the driver's errors into the API's. What the driver said stays in the cause."""
     try:
         yield
-    except asyncpg.LockNotAvailableError as error:
+    except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as error:
         raise errors.Contention("another call holds what this one needs; try again") from error
     except (
         OSError,
@@ -88,40 +88,68 @@ class Database:
     @asynccontextmanager
     async def workspace(self, workspace_id: UUID) -> AsyncIterator["Connection"]:
         """A transaction that sees the rows of one workspace: one round trip to begin, one to commit."""
-        with translated():
-            async with self._app.acquire() as connection:
-                await connection.execute(f"BEGIN; SET LOCAL relay.workspace_id = '{workspace_id}'")
-                try:
-                    yield connection
-                except BaseException:
-                    # After a cancelled or broken command the connection may be past saving; then release drops it.
-                    if not connection.is_closed():
-                        await connection.execute("ROLLBACK")
-                    raise
-                await connection.execute("COMMIT")
+        async with _lent(self._app) as connection:
+            await connection.execute(f"BEGIN; SET LOCAL relay.workspace_id = '{workspace_id}'")
+            try:
+                yield connection
+            except TimeoutError:
+                raise  # the connection is dropped, and the transaction with it
+            except BaseException:
+                if not is_lost(connection):
+                    await connection.execute("ROLLBACK")
+                raise
+            await connection.execute("COMMIT")
 
     @asynccontextmanager
     async def anyone(self) -> AsyncIterator["Connection"]:
         """A connection as relay_app outside any workspace: it sees no rows and may call relay_find_api_key."""
-        with translated():
-            async with self._app.acquire() as connection:
-                yield connection
+        async with _lent(self._app) as connection:
+            yield connection
 
     @asynccontextmanager
     async def worker(self) -> AsyncIterator["Connection"]:
         """A connection as relay_worker; each statement is its own transaction. Those that work all the time keep it."""
-        with translated():
-            async with self._worker.acquire() as connection:
-                yield connection
+        async with _lent(self._worker) as connection:
+            yield connection
 
     async def answers(self) -> bool:
-        """Whether the database serves right now."""
+        """Whether the database serves right now, found out within 2 seconds."""
         try:
-            async with asyncio.timeout(2), self.anyone() as connection:
-                await connection.execute("SELECT")
-        except (errors.RelayError, TimeoutError):
+            async with _lent(self._app, patience=1) as connection:
+                await connection.execute("SELECT", timeout=1)
+        except errors.RelayError:
             return False
         return True
+
+
+def is_lost(connection: "Connection") -> bool:
+    """Whether the database has ended this connection. A pool takes such a one back at once, and says so by raising."""
+    try:
+        return connection.is_closed()
+    except asyncpg.InterfaceError:
+        return True
+
+
+@asynccontextmanager
+async def _lent(pool: "Pool", patience: float = CONNECT_TIMEOUT) -> AsyncIterator["Connection"]:
+    """A connection of the pool, had within `patience` seconds.
+
+    One that can't be had is a database that does not answer, whatever its words: that it is in maintenance, is not
+    there, or knows no such role. One that did not answer in time is dropped, since taking leave of it would hang too.
+    """
+    with translated():
+        try:
+            async with asyncio.timeout(patience):
+                connection = await pool.acquire()
+        except asyncpg.PostgresError as error:
+            raise errors.DependencyUnavailable("the database does not answer; try again") from error
+        try:
+            yield connection
+        except TimeoutError:
+            connection.terminate()
+            raise
+        finally:
+            await pool.release(connection)
 
 
 async def _pool(url: str, role: str, most: int, undo: AsyncExitStack) -> "Pool":

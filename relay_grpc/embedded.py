@@ -24,7 +24,6 @@ import time
 from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Self
 from urllib.parse import quote
 
@@ -99,7 +98,7 @@ class EmbeddedPostgres:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _make_folder(self) -> None:
@@ -201,9 +200,7 @@ class EmbeddedPostgres:
             waited = time.monotonic() - started
             leftover = self._leftover(lock)
             if waited > SHUTDOWN_SECONDS:
-                raise EmbeddedError(
-                    f"an earlier PostgreSQL in {self._folder} does not end: kill its processes, then start again"
-                )
+                raise EmbeddedError(f"an earlier PostgreSQL in {self._folder} does not end: kill its processes")
             if leftover:
                 with suppress(ProcessLookupError):
                     os.kill(leftover, signal.SIGINT if waited < FAST_SHUTDOWN_SECONDS else signal.SIGQUIT)

@@ -66,9 +66,10 @@ def create_cluster(programs: str, durability: tuple[str, ...]) -> None:
     single = (f"{programs}/postgres", "--single", "-D", "data.new", "--exit_on_error=on", *durability, "postgres")
     run(*single, stdin="CREATE DATABASE relay STRATEGY file_copy")
     os.rename("data.new", "data")
-    folder = os.open(".", os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    if not durability:
+        folder = os.open(".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def run(*command: str, stdin: str = "") -> None:

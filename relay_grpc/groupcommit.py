@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from relay_grpc import errors
-from relay_grpc.db import Database, translated
+from relay_grpc.db import Database, is_lost, translated
 from relay_grpc.telemetry import Metrics
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 MAX_BATCH = 256
+CLOSE_SECONDS = 5.0
 
 
 class GroupCommit(Generic[Item, Result]):
@@ -54,6 +55,7 @@ class GroupCommit(Generic[Item, Result]):
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         entry = (item, future)
         self._waiting.append(entry)
+        self._idle.clear()
         self._arrived.set()
         try:
             return await asyncio.shield(future)
@@ -67,9 +69,9 @@ class GroupCommit(Generic[Item, Result]):
             raise
 
     async def close(self) -> None:
-        """Lets what has arrived go out first, for at most 5 s."""
+        """Lets what has arrived go out first, for at most CLOSE_SECONDS."""
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(CLOSE_SECONDS):
                 await self._idle.wait()
         except TimeoutError:
             pass
@@ -82,12 +84,11 @@ class GroupCommit(Generic[Item, Result]):
             await self._arrived.wait()
             try:
                 async with self._db.worker() as connection:
-                    while True:
-                        await self._arrived.wait()
-                        self._idle.clear()
+                    while not is_lost(connection):
                         await self._go_out(connection)
                         if not self._waiting:
                             self._idle.set()
+                        await self._arrived.wait()
             except errors.DependencyUnavailable as error:
                 self._refuse_waiting(error)
 

@@ -124,7 +124,8 @@ class Settings(BaseModel):
     webhook_url: str | None = Field(
         None,
         alias="WEBHOOK_URL",
-        description="Makes a default connection of the bootstrap workspace; needs ACTIONS_SIGNING_SECRET.",
+        description="The default connection of the bootstrap workspace, which `relay bootstrap` makes, and on the "
+        "embedded database every start; needs ACTIONS_SIGNING_SECRET.",
     )
     actions_signing_secret: SecretStr | None = Field(
         None, alias="ACTIONS_SIGNING_SECRET", description="Signs that connection: whsec_..., or 24 to 64 characters."

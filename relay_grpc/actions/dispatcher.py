@@ -83,7 +83,7 @@ class Dispatcher:
         if task is None:
             return None
         done, _ = await asyncio.wait([task], timeout=max(patience, 0))
-        return task.result() if done and not task.cancelled() else None
+        return task.result() if done and not task.cancelled() and not task.exception() else None
 
     async def stop(self, grace: float) -> None:
         """Starts nothing more and gives what runs `grace` seconds; the leases of the rest run out."""
@@ -99,9 +99,7 @@ class Dispatcher:
         await self._completions.close()
 
     async def _commit(self, connection: "Connection", orders: Sequence[store.Order]) -> Sequence[asyncpg.Record | None]:
-        # One statement can't use one key twice; all but the first of them find it taken, as they would one by one.
-        first = {(order.workspace_id, order.idempotency_key): order for order in reversed(orders)}
-        rows = await store.commit(connection, list(first.values()), self._actions, timedelta(seconds=self._lease))
+        rows = await store.commit(connection, orders, self._actions, timedelta(seconds=self._lease))
         for order in orders:
             row = rows.get(order.execution_id)
             if row is not None:
@@ -114,7 +112,7 @@ class Dispatcher:
         self, connection: "Connection", completions: Sequence[store.Completion]
     ) -> Sequence[asyncpg.Record | None]:
         rows = await store.complete(connection, completions)
-        return [rows.get(completion.execution_id) for completion in completions]
+        return [rows.get(completion.event.id) for completion in completions]
 
     def _start(self, row: asyncpg.Record) -> None:
         task = asyncio.create_task(self._run(row))
@@ -145,7 +143,7 @@ class Dispatcher:
             try:
                 completed = await self._completions.submit(completion)
                 break
-            except errors.DependencyUnavailable:
+            except (errors.DependencyUnavailable, errors.Contention):
                 await asyncio.sleep(0.5)  # what was delivered is worth remembering: without a record it is sent again
         if completed is None:
             log.warning("the outcome of execution %s came after its lease: %s", row["id"], result.outcome)
@@ -164,6 +162,8 @@ class Dispatcher:
         except Undecryptable as error:
             log.error("execution %s can't be signed: %s", row["id"], error)
             return AttemptResult(Outcome.UNSENDABLE, error="the connection's signing secret can't be decrypted")
+        if not job.secrets:
+            return AttemptResult(Outcome.UNSENDABLE, error="the connection has no valid signing secret")
         return await self._providers[row["provider"]].execute(job)
 
     def _job(self, row: asyncpg.Record) -> Job:
@@ -202,15 +202,18 @@ class Dispatcher:
                 await asyncio.sleep(self._sweep_interval)
 
     async def _claim(self) -> bool:
-        """Starts what is due; whether there may be more."""
+        """Starts what is due, no more than can run at once; whether there may be more."""
+        free = min(SWEEP_BATCH, MAX_RUNNING - len(self._running))
+        if free <= 0:
+            return False
         async with self._db.worker() as connection:
-            rows = await store.claim(connection, uuid4(), timedelta(seconds=self._lease), SWEEP_BATCH)
+            rows = await store.claim(connection, uuid4(), timedelta(seconds=self._lease), free)
         for row in rows:
             if row["status"] == State.EXECUTING:
                 self._start(row)
             else:
                 self._metrics.executions.labels(row["provider"], row["action_type"], State(row["status"])).inc()
-        return len(rows) == SWEEP_BATCH
+        return len(rows) == free
 
 
 def _attempt_event(row: asyncpg.Record, result: AttemptResult, duration: float) -> event.Event:

@@ -142,33 +142,34 @@ async def commit(
           SELECT * FROM jsonb_to_recordset($1::jsonb) AS i(
             execution_id uuid, workspace_id uuid, caller text, preview_id uuid, digest text, idempotency_key text,
             lease_token uuid, traceparent text)
-        ), used AS (
-          UPDATE previews p SET execution_id = i.execution_id
-            FROM input i, connections c
+        ), usable AS (
+          SELECT p.*, i.execution_id AS id_to_be, i.idempotency_key, i.lease_token, i.traceparent
+            FROM input i, previews p, connections c
            WHERE p.id = i.preview_id AND p.workspace_id = i.workspace_id AND p.caller = i.caller
              AND p.execution_id IS NULL AND p.expires_at > now() AND i.digest IN ('', p.digest)
              AND (p.action_type, p.action_version) IN (SELECT * FROM unnest($2::text[], $3::int[]))
              AND c.id = p.connection_id AND c.workspace_id = p.workspace_id
              AND c.enabled AND c.version = p.connection_version
-             AND NOT EXISTS (SELECT FROM action_executions e
-                              WHERE e.workspace_id = i.workspace_id AND e.idempotency_key = i.idempotency_key)
-          RETURNING p.*, i.idempotency_key, i.lease_token, i.traceparent
+           ORDER BY p.id FOR UPDATE OF p  -- in one order everywhere, so that instances don't wait for each other
         ), made AS (
           INSERT INTO action_executions AS e
             (id, workspace_id, caller, idempotency_key, fingerprint, preview_id, provider, action_type, action_version,
              connection_id, parameters, traceparent, status, attempt_count, attempt_started_at, lease_token,
              lease_until)
-          SELECT execution_id, workspace_id, caller, idempotency_key, fingerprint, id, provider, action_type,
+          SELECT DISTINCT ON (id)
+                 id_to_be, workspace_id, caller, idempotency_key, fingerprint, id, provider, action_type,
                  action_version, connection_id, parameters, traceparent, 'executing', 1, now(), lease_token, now() + $4
-            FROM used
+            FROM usable
           ON CONFLICT ON CONSTRAINT action_executions_idempotency DO NOTHING
           RETURNING {_EXECUTION}, e.workspace_id, e.parameters, e.traceparent, e.lease_token
+        ), used AS (
+          UPDATE previews p SET execution_id = e.id FROM made e WHERE p.id = e.preview_id
         ), logged AS (
           INSERT INTO audit_logs ({", ".join(COLUMNS)})
           SELECT {", ".join(f"u.{name}" if name in _FROM_PREVIEW else f"l.{name}" for name in COLUMNS)}
             FROM jsonb_populate_recordset(NULL::audit_logs, $5::jsonb) l
             JOIN made e ON l.target = 'executions/' || e.id
-            JOIN used u ON u.execution_id = e.id
+            JOIN usable u ON u.id_to_be = e.id
         )
         SELECT e.*, c.configuration, {_SECRETS} FROM made e JOIN connections c ON c.id = e.connection_id
         """,  # noqa: S608  # the names are ours
@@ -210,13 +211,16 @@ class Completion:
 
 
 async def complete(connection: "Connection", completions: Sequence[Completion]) -> dict[UUID, asyncpg.Record]:
-    """Records attempts and what follows from them. Returns the executions as they are now; a lost lease has no row."""
+    """Records attempts and what follows from them.
+
+    Returns the executions as they are now, by the completion's event id; a lost lease has no row.
+    """
     rows = await connection.fetch(
         f"""
         WITH input AS (
           SELECT * FROM jsonb_to_recordset($1::jsonb) AS i(
-            execution_id uuid, lease_token uuid, outcome attempt_outcome, status_code int, response_excerpt text,
-            error text, state execution_state, delay float8)
+            execution_id uuid, lease_token uuid, event_id uuid, outcome attempt_outcome, status_code int,
+            response_excerpt text, error text, state execution_state, delay float8)
         ), done AS (
           UPDATE action_executions e
              SET status = i.state, lease_token = NULL, lease_until = NULL,
@@ -225,7 +229,7 @@ async def complete(connection: "Connection", completions: Sequence[Completion]) 
             FROM input i
            WHERE e.id = i.execution_id AND e.status = 'executing' AND e.lease_token = i.lease_token
           RETURNING {_EXECUTION}, e.workspace_id, e.attempt_started_at,
-                    i.outcome, i.status_code, i.response_excerpt, i.error
+                    i.event_id, i.outcome, i.status_code, i.response_excerpt, i.error
         ), attempts AS (
           INSERT INTO execution_attempts AS a
             (execution_id, number, workspace_id, started_at, outcome, status_code, response_excerpt, error)
@@ -236,15 +240,16 @@ async def complete(connection: "Connection", completions: Sequence[Completion]) 
           INSERT INTO audit_logs ({", ".join(COLUMNS)})
           SELECT {", ".join(f"l.{name}" for name in COLUMNS)}
             FROM jsonb_populate_recordset(NULL::audit_logs, $2::jsonb) l
-            JOIN done e ON l.target = 'executions/' || e.id
+            JOIN done e ON l.id = e.event_id
         )
-        SELECT {_EXECUTION}, {_ATTEMPT} FROM done e JOIN attempts a ON a.execution_id = e.id
+        SELECT {_EXECUTION}, e.event_id, {_ATTEMPT} FROM done e JOIN attempts a ON a.execution_id = e.id
         """,  # noqa: S608  # the names are ours
         json.dumps(
             [
                 {
                     "execution_id": str(one.execution_id),
                     "lease_token": str(one.lease_token),
+                    "event_id": str(one.event.id),
                     "outcome": one.result.outcome,
                     "status_code": one.result.status_code,
                     "response_excerpt": one.result.response_excerpt,
@@ -257,7 +262,7 @@ async def complete(connection: "Connection", completions: Sequence[Completion]) 
         ),
         as_json([one.event for one in completions]),
     )
-    return {row["id"]: row for row in rows}
+    return {row["event_id"]: row for row in rows}
 
 
 async def claim(connection: "Connection", lease_token: UUID, lease: timedelta, limit: int) -> list[asyncpg.Record]:

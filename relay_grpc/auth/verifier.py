@@ -41,11 +41,12 @@ class _Proof:
 
 
 class KeyVerifier:
-    """Checks presented keys. One per process; close it."""
+    """Checks presented keys. One per process; close it. status_ttl: seconds for which a key's status is believed."""
 
-    def __init__(self, db: Database, metrics: Metrics) -> None:
+    def __init__(self, db: Database, metrics: Metrics, *, status_ttl: float = STATUS_TTL) -> None:
         self._db = db
         self._metrics = metrics
+        self._status_ttl = status_ttl
         self._proofs: OrderedDict[bytes, _Proof] = OrderedDict()
         self._under_way: dict[bytes, asyncio.Task[Principal | None]] = {}
         self._cache_key = secrets.token_bytes(32)
@@ -95,7 +96,7 @@ class KeyVerifier:
             # An unknown id costs a hash too: the time to refuse tells nothing about which ids exist.
             proven = await self._matches(row["key_hash"] if row else self._nobody, presented)
         principal = principal_of(row) if row and proven and row["revoked_at"] is None else None
-        self._proofs[digest] = _Proof(principal, row["key_hash"] if row else "", asked + STATUS_TTL)
+        self._proofs[digest] = _Proof(principal, row["key_hash"] if row else "", asked + self._status_ttl)
         self._proofs.move_to_end(digest)
         if len(self._proofs) > CACHE_SIZE:
             self._proofs.popitem(last=False)

@@ -34,13 +34,15 @@ Key = Annotated[
     typer.Option(
         "--idempotency-key",
         metavar="KEY",
-        help="What makes a repetition one: 1 to 255 characters. Unset: the preview's id.",
+        help="1 to 255 characters: what is repeated under the same key is done once. Unset: the preview's id.",
     ),
 ]
 Wait = Annotated[
     timedelta | None,
     typer.Option(
-        parser=values.duration, metavar="DURATION", help="For the first attempt's outcome, 0s to 30s. Unset: 10s."
+        parser=values.duration,
+        metavar="DURATION",
+        help="How long to wait for the first attempt's end, 0s to 30s. Unset: 10s.",
     ),
 ]
 DEADLINE = 30.0  # seconds beside the wait, as in relay.client
@@ -50,7 +52,8 @@ DEADLINE = 30.0  # seconds beside the wait, as in relay.client
 def list_actions(ctx: typer.Context, as_json: Json = False) -> None:
     """List the actions of the server; their schemas are in the JSON."""
     with connected(ctx) as relay:
-        show(list(relay.actions.list()), _actions, as_json=as_json)
+        found = list(relay.actions.list())
+    show(found, _actions, as_json=as_json)
 
 
 @app.command()
@@ -69,13 +72,14 @@ def preview(
 ) -> None:
     """Show what an action would do, without doing it."""
     with connected(ctx) as relay:
-        show(_preview(relay, action, parameters, connection, ttl), _plan, as_json=as_json)
+        made = relay.actions.preview(action, parameters, connection_id=connection, ttl=ttl)
+    show(made, _plan, as_json=as_json)
 
 
 @app.command()
 def execute(
     ctx: typer.Context,
-    preview_id: Annotated[str, typer.Argument(help="A preview's id.")],
+    preview_id: Annotated[str, typer.Argument(metavar="PREVIEW_ID", help="A preview's id.")],
     idempotency_key: Key = "",
     wait: Wait = None,
     as_json: Json = False,
@@ -101,21 +105,13 @@ def run(
     if not (yes or sys.stdin.isatty()):
         raise Failure("there is nobody to ask: give --yes to execute without asking", code=Exit.USAGE)
     with connected(ctx) as relay:
-        shown = _preview(relay, action, parameters, connection, None)
-        tell(_plan(shown), stderr=True)
+        shown = relay.actions.preview(action, parameters, connection_id=connection)
+        tell(_plan(shown), "", stderr=True)
         if not (yes or typer.confirm("Execute it?", err=True)):
-            raise Failure("nothing was done")
+            tell("Nothing was done.", stderr=True)
+            raise typer.Exit(Exit.FAILED)
         execution = _execute(relay, shown.id, shown.digest, idempotency_key, wait)
     _conclude(execution, as_json)
-
-
-def _preview(
-    relay: "Relay", action: str, parameters: dict[str, Any], connection: str, ttl: timedelta | None
-) -> "actions_pb2.Preview":
-    try:
-        return relay.actions.preview(action, parameters, connection_id=connection, ttl=ttl)
-    except ValueError as error:  # JSON that the API's numbers and strings can't hold
-        raise Failure(str(error), code=Exit.USAGE) from error
 
 
 def _execute(relay: "Relay", preview_id: str, digest: str, key: str, wait: timedelta | None) -> "actions_pb2.Execution":

@@ -1,6 +1,7 @@
 """`relay audit`."""
 
 from datetime import datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +11,7 @@ from rich.text import Text
 from relay_grpc.audit.event import Outcome
 from relay_grpc.cli import values
 from relay_grpc.cli.client import Json, connected
-from relay_grpc.cli.output import first, listing, plain, show, when, word
+from relay_grpc.cli.output import listing, page_size, plain, show_newest, when, word
 
 if TYPE_CHECKING:
     from relay.v1 import audit_pb2
@@ -31,15 +32,19 @@ def list_events(
         typer.Option(metavar="NAME", help="Only this, such as ActionsService.Execute."),
     ] = "",
     provider: Annotated[str, typer.Option(metavar="NAME", help="Only about this provider.")] = "",
-    outcome: Annotated[Outcome | None, typer.Option(help="Only what ended so.")] = None,
+    outcome: Annotated[Outcome | None, typer.Option(help="Only what ended like this.")] = None,
     actor: Annotated[str, typer.Option(metavar="ID", help="Only by this key or user.")] = "",
     request_id: Annotated[str, typer.Option(metavar="ID", help="Only of this call.")] = "",
     since: Annotated[
         datetime | None,
-        typer.Option(parser=values.time, metavar="TIME", help="Not before: 2026-01-31T15:00 (local), or 2h ago as 2h."),
+        typer.Option(
+            parser=values.time,
+            metavar="TIME",
+            help="From this local time on, such as 2026-01-31T15:00, or from so long ago, such as 2h.",
+        ),
     ] = None,
     until: Annotated[
-        datetime | None, typer.Option(parser=values.time, metavar="TIME", help="Before this, told as --since.")
+        datetime | None, typer.Option(parser=values.time, metavar="TIME", help="Before this, written as for --since.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="How many at most.")] = 50,
     as_json: Json = False,
@@ -56,9 +61,10 @@ def list_events(
             request_id=request_id,
             start_time=since,
             end_time=until,
-            page_size=limit + 1,
+            page_size=page_size(limit),
         )
-        show(first(events, limit), _events, as_json=as_json)
+        newest = list(islice(events, limit + 1))
+    show_newest(newest, limit, _events, as_json=as_json)
 
 
 def _events(events: list["audit_pb2.Event"]) -> RenderableType:

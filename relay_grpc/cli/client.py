@@ -39,7 +39,8 @@ def connected(ctx: typer.Context) -> Iterator["Relay"]:
     from relay.errors import RelayError
 
     target: Target = ctx.obj
-    api_key = target.api_key or _development_key(target.address)
+    local = _is_local(target.address)
+    api_key = target.api_key or (_development_key() if local else None)
     if not api_key:
         raise Failure(
             "no API key: set RELAY_API_KEY or give --api-key",
@@ -47,25 +48,33 @@ def connected(ctx: typer.Context) -> Iterator["Relay"]:
             code=Exit.DENIED,
         )
     try:
-        relay = connect(target.address, api_key=api_key, insecure=target.insecure)
-    except ValueError as error:
-        raise Failure(str(error), code=Exit.USAGE) from error
-    with relay:
-        try:
+        with connect(target.address, api_key=api_key, insecure=target.insecure) as relay:
             yield relay
-        except RelayError as error:
-            raise of_call(error, target.address) from error
+    except RelayError as error:
+        raise of_call(error, target.address, local=local) from error
+    except UnicodeError as error:
+        raise Failure("a value is not text that UTF-8 can carry", code=Exit.USAGE) from error
+    except ValueError as error:  # what can't be a target, a key or a field of a request
+        raise Failure(str(error), code=Exit.USAGE) from error
 
 
-def _development_key(address: str) -> str | None:
-    """The admin key that a development server keeps in its data folder. It goes to no other machine."""
+def _is_local(address: str) -> bool:
+    from relay_grpc.settings import Address
+
+    try:
+        return address.startswith("unix:") or bool(Address.parse(address).is_loopback)
+    except ValueError:
+        return False
+
+
+def _development_key() -> str | None:
+    """The admin key that a development server on this machine keeps in its data folder."""
     from relay_grpc import datafolder
-    from relay_grpc.settings import Address, Settings, SettingsError
+    from relay_grpc.settings import Settings, SettingsError
 
     try:
         settings = Settings.load()
-        local = Address.parse(address).is_loopback
-    except (SettingsError, ValueError):
+    except SettingsError:  # of a server, which this command is not
         return None
-    kept = datafolder.read(settings.data_dir / datafolder.CREDENTIALS) if local and settings.is_development else None
+    kept = datafolder.read(settings.data_dir / datafolder.CREDENTIALS) if settings.is_development else None
     return kept.get("RELAY_ADMIN_KEY") if kept else None

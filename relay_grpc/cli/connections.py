@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from relay_grpc.cli.client import Json, connected
-from relay_grpc.cli.output import fields, listing, moment, plain, show, tell_secret
+from relay_grpc.cli.output import fields, listing, moment, plain, show, tell_secrets
 
 if TYPE_CHECKING:
     from relay.v1 import connections_pb2
@@ -18,8 +18,8 @@ app = typer.Typer(help="Make and look at the places where actions go.", no_args_
 @app.command()
 def create(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="What people call it, 1 to 64 characters, unique in the workspace.")],
-    url: Annotated[str, typer.Option(metavar="URL", help="Of the webhook receiver; https outside development.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What people call it, 1 to 64 characters.")],
+    url: Annotated[str, typer.Option(metavar="URL", help="Where the receiver is; https outside development.")],
     default: Annotated[
         bool, typer.Option("--default", metavar="", help="Serve previews that name no connection.")
     ] = False,
@@ -33,7 +33,7 @@ def create(
         made = relay.connections.create_webhook(name, url, default=default, body_signature=body_signature)
     show(made, _connection, as_json=as_json)
     if not as_json:
-        tell_secret("signing secret", made.signing_secret)
+        tell_secrets({"signing secret": made.signing_secret})
 
 
 @app.command()
@@ -44,14 +44,16 @@ def get(
 ) -> None:
     """Show one connection."""
     with connected(ctx) as relay:
-        show(relay.connections.get(connection_id), _connection, as_json=as_json)
+        connection = relay.connections.get(connection_id)
+    show(connection, _connection, as_json=as_json)
 
 
 @app.command("list")
 def list_connections(ctx: typer.Context, as_json: Json = False) -> None:
     """List the connections of the workspace, newest first."""
     with connected(ctx) as relay:
-        show(list(relay.connections.list()), _connections, as_json=as_json)
+        found = list(relay.connections.list())
+    show(found, _connections, as_json=as_json)
 
 
 def _connection(connection: "connections_pb2.Connection") -> RenderableType:

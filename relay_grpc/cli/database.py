@@ -6,7 +6,7 @@ import typer
 
 from relay_grpc.cli.client import Json
 from relay_grpc.cli.failures import Exit, Failure
-from relay_grpc.cli.output import fields, show_json, tell
+from relay_grpc.cli.output import show_json, tell, tell_secrets
 
 if TYPE_CHECKING:
     from relay_grpc.settings import Settings
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def migrate(
     database_url: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Unset: DATABASE_PUBLIC_URL, or else DATABASE_URL."),
+        typer.Option(metavar="URL", help="PostgreSQL's. Unset: DATABASE_PUBLIC_URL, or else DATABASE_URL."),
     ] = None,
 ) -> None:
     """Bring the database to the schema of this version."""
@@ -42,7 +42,7 @@ def bootstrap(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a workspace on DATABASE_URL with an admin and a developer key, and show the keys, this once."""
+    """Make a workspace on DATABASE_URL, and an admin and a developer key for it."""
     settings = _settings()
     url = settings.database_url
     if url is None:
@@ -63,11 +63,11 @@ def bootstrap(
     if as_json:
         show_json({"workspaceId": str(made.workspace_id), "keys": made.keys})
         return
-    tell(fields({"workspace": str(made.workspace_id)} | {f"{role} key": key for role, key in made.keys.items()}))
+    tell(f"workspace: {made.workspace_id}")
     if made.keys:
-        tell("\nThe keys are shown this once: keep them now.")
+        tell_secrets({f"{role} key": key for role, key in made.keys.items()})
     else:
-        tell("\nThe workspace exists; --new-keys makes new keys beside the ones it has.")
+        tell("It exists; --new-keys makes new keys beside those it has.")
 
 
 def keygen() -> None:

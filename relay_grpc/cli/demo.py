@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -143,7 +144,7 @@ with connect("{app.listen}", api_key=os.environ["RELAY_DEVELOPER_KEY"]) as relay
     console.print("\nTry it from another terminal, in this folder:\n")
     for command in (
         f"set -a; . {shlex.quote(str(credentials))}; set +a",
-        f"{_tool('grpcurl')} -plaintext {header} {app.listen} relay.v1.AuthService/WhoAmI",
+        f"{_tool('grpcurl')} -plaintext {header} \\\n  {app.listen} relay.v1.AuthService/WhoAmI",
         f"{_tool('buf')} curl --protocol grpc --http2-prior-knowledge {header} \\\n"
         f"  {body} \\\n  http://{app.listen}/relay.v1.ActionsService/Preview",
         f"{shlex.quote(_relative(sys.executable))} - <<'PY'{python}\nPY",
@@ -156,9 +157,11 @@ with connect("{app.listen}", api_key=os.environ["RELAY_DEVELOPER_KEY"]) as relay
 
 
 def _tool(name: str) -> str:
-    """The tool of this environment, where it has it."""
+    """How to call the tool: by its path where this environment has it; a note where nobody does."""
     beside = Path(sys.executable).with_name(name)
-    return shlex.quote(_relative(str(beside))) if beside.exists() else name
+    if beside.exists():
+        return shlex.quote(_relative(str(beside)))
+    return name if shutil.which(name) else f"# where you have {name}:\n{name}"
 
 
 def _relative(path: str) -> str:

@@ -1,5 +1,6 @@
 """`relay executions`."""
 
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,7 +9,7 @@ from rich.text import Text
 
 from relay_grpc.actions.execution import State
 from relay_grpc.cli.client import Json, connected
-from relay_grpc.cli.output import excerpt, fields, first, listing, moment, plain, show, when, word
+from relay_grpc.cli.output import excerpt, fields, listing, moment, page_size, plain, show, show_newest, when, word
 
 if TYPE_CHECKING:
     from relay.v1 import actions_pb2
@@ -22,13 +23,16 @@ Id = Annotated[str, typer.Argument(metavar="ID", help="An execution's id.")]
 def get(ctx: typer.Context, execution_id: Id, as_json: Json = False) -> None:
     """Show one execution and how far it is."""
     with connected(ctx) as relay:
-        show(relay.actions.get_execution(execution_id), view, as_json=as_json)
+        execution = relay.actions.get_execution(execution_id)
+    show(execution, view, as_json=as_json)
 
 
 @app.command("list")
 def list_executions(
     ctx: typer.Context,
-    state: Annotated[list[State] | None, typer.Option(help="Only in this state. Repeatable.")] = None,
+    state: Annotated[
+        list[State] | None, typer.Option(metavar="STATE", help=f"Only {', '.join(State)}. Repeatable.")
+    ] = None,
     action: Annotated[str, typer.Option(metavar="NAME", help="Only of this action.")] = "",
     connection: Annotated[str, typer.Option(metavar="ID", help="Only to this connection.")] = "",
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="How many at most.")] = 50,
@@ -40,16 +44,18 @@ def list_executions(
     states = [getattr(actions_pb2, f"EXECUTION_STATE_{one.name}") for one in state or ()]
     with connected(ctx) as relay:
         found = relay.actions.list_executions(
-            states=states, action=action, connection_id=connection, page_size=limit + 1
+            states=states, action=action, connection_id=connection, page_size=page_size(limit)
         )
-        show(first(found, limit), _executions, as_json=as_json)
+        newest = list(islice(found, limit + 1))
+    show_newest(newest, limit, _executions, as_json=as_json)
 
 
 @app.command()
 def attempts(ctx: typer.Context, execution_id: Id, as_json: Json = False) -> None:
     """List the attempts of one execution, first to last."""
     with connected(ctx) as relay:
-        show(list(relay.actions.list_attempts(execution_id)), _attempts, as_json=as_json)
+        found = list(relay.actions.list_attempts(execution_id))
+    show(found, _attempts, as_json=as_json)
 
 
 def view(execution: "actions_pb2.Execution") -> RenderableType:
@@ -62,12 +68,12 @@ def view(execution: "actions_pb2.Execution") -> RenderableType:
             "action": f"{execution.action}, version {execution.action_version}",
             "connection": execution.connection_id,
             "preview": execution.preview_id,
-            "key": execution.idempotency_key,
+            "idempotency key": execution.idempotency_key,
             "created": moment(execution, "create_time"),
             "attempts": str(execution.attempt_count),
-            "last": _ending(last) if execution.HasField("last_attempt") else "",
+            "last attempt": _ending(last) if execution.HasField("last_attempt") else "",
             "answer": excerpt(last.response_excerpt),
-            "next": moment(execution, "next_attempt_time"),
+            "next attempt": moment(execution, "next_attempt_time"),
             "ended": moment(execution, "end_time"),
         }
     )

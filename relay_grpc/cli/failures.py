@@ -60,27 +60,34 @@ class Failure(Exception):
         self.code = code
 
     def show(self) -> None:
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console = Console(stderr=True, highlight=False)
+        console.soft_wrap = not console.is_terminal  # a sentence is one line in a log
         first, *others = self.lines
         console.print(Text("error: ", "red") + plain(first))
         for line in others:
             console.print("  ", plain(line), sep="")
 
 
-def of_call(error: "RelayError", address: str) -> Failure:
-    """The Failure for a call to the server at `address`. The error's notes become lines of it."""
-    code = error.code.name
-    lines = [_sentence(error, address)]
+def of_call(error: "RelayError", address: str, *, local: bool) -> Failure:
+    """The Failure for a call to the server at `address`; local: on this machine. The error's notes become lines."""
+    lines = [_sentence(error, address, local)]
     lines += [f"{field}: {problem}" if field else problem for field, problem in error.violations]
     if error.retry_after is not None and "try again in" not in error.message:
         lines.append(f"try again in {error.retry_after:.3g} s")
     lines += getattr(error, "__notes__", [])
-    return Failure(*lines, code=_EXITS.get(code, Exit.FAILED))
+    code = _EXITS.get(error.code.name, Exit.FAILED)
+    if code is Exit.RATE_LIMITED and error.retry_after is None:  # the message is too large: waiting does not help
+        code = Exit.USAGE
+    return Failure(*lines, code=code)
 
 
-def _sentence(error: "RelayError", address: str) -> str:
-    if error.reason == "UNAVAILABLE":  # the code's own name: nobody answered who knows a reason
+def _sentence(error: "RelayError", address: str, local: bool) -> str:
+    if error.reason == "UNAVAILABLE" and local:  # the code's own name: nobody answered who knows a reason
         return f"no Relay answers at {address}; start one with 'relay serve'"
+    if error.reason == "UNAVAILABLE":
+        return f"no Relay answers at {address} ({error.message}); --insecure is for servers without TLS"
+    if error.reason == "CREDENTIALS_INVALID":
+        return "the API key is unknown, expired or revoked; check RELAY_API_KEY or --api-key"
     if error.reason == "DEADLINE_EXCEEDED":
         return f"{address} gave no answer in time"
     if error.violations:

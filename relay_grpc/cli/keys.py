@@ -9,7 +9,7 @@ from rich.text import Text
 
 from relay_grpc.cli import values
 from relay_grpc.cli.client import Json, connected
-from relay_grpc.cli.output import fields, listing, moment, show, tell_secret, when, word
+from relay_grpc.cli.output import fields, listing, moment, show, tell_secrets, when, word
 
 if TYPE_CHECKING:
     from relay.v1 import auth_pb2
@@ -20,14 +20,15 @@ app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 def whoami(ctx: typer.Context, as_json: Json = False) -> None:
     """Show whom the server takes you for, and what you may do."""
     with connected(ctx) as relay:
-        show(relay.auth.who_am_i(), _principal, as_json=as_json)
+        principal = relay.auth.who_am_i()
+    show(principal, _principal, as_json=as_json)
 
 
 @app.command()
 def create(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="What people call it, 1 to 64 characters.")],
-    role: Annotated[str, typer.Option(help="admin, developer or viewer.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What people call it, 1 to 64 characters.")],
+    role: Annotated[str, typer.Option(metavar="ROLE", help="admin, developer or viewer.")],
     scope: Annotated[
         list[str] | None, typer.Option(metavar="SCOPE", help="Keep only this scope of the role. Repeatable.")
     ] = None,
@@ -43,14 +44,15 @@ def create(
         key = relay.auth.create_api_key(name, role, scopes=scope or (), expire_time=expire_time)
     show(key, _key, as_json=as_json)
     if not as_json:
-        tell_secret("key", key.secret)
+        tell_secrets({"key": key.secret})
 
 
 @app.command("list")
 def list_keys(ctx: typer.Context, as_json: Json = False) -> None:
     """List the keys of the workspace, newest first; revoked and expired ones too."""
     with connected(ctx) as relay:
-        show(list(relay.auth.list_api_keys()), _keys, as_json=as_json)
+        found = list(relay.auth.list_api_keys())
+    show(found, _keys, as_json=as_json)
 
 
 @app.command()
@@ -59,7 +61,8 @@ def revoke(
 ) -> None:
     """Revoke a key for good."""
     with connected(ctx) as relay:
-        show(relay.auth.revoke_api_key(key_id), _key, as_json=as_json)
+        key = relay.auth.revoke_api_key(key_id)
+    show(key, _key, as_json=as_json)
 
 
 def _principal(principal: "auth_pb2.Principal") -> RenderableType:

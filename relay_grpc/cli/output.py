@@ -1,12 +1,11 @@
 """What commands print: tables and fields for people, JSON for scripts. Nothing else goes to standard output."""
 
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
     from google.protobuf.timestamp_pb2 import Timestamp
 
-Item = TypeVar("Item")
 UUID_LENGTH = 36
 EXCERPT_LENGTH = 200
 
@@ -53,7 +51,7 @@ def show(answer: "Message | Sequence[Message]", view: Callable[[Any], Renderable
 
 def show_json(document: object) -> None:
     """Prints one JSON document. It is ASCII, so that a terminal takes nothing in it for a command."""
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    typer.echo(json.dumps(document, indent=2))
 
 
 def tell(*renderables: RenderableType, stderr: bool = False) -> None:
@@ -61,17 +59,24 @@ def tell(*renderables: RenderableType, stderr: bool = False) -> None:
     Console(stderr=stderr, highlight=False, markup=False, emoji=False).print(*renderables)
 
 
-def tell_secret(name: str, secret: str) -> None:
-    """Prints a secret on one line however long it is, so that it can be copied."""
-    sys.stdout.write(f"\n{name}: {secret}\nIt is shown this once: keep it now.\n")
+def tell_secrets(secrets: Mapping[str, str]) -> None:
+    """Prints secrets by name, each on one line however long it is, so that it can be copied."""
+    typer.echo("\n" + "\n".join(f"{name}: {secret}" for name, secret in secrets.items()))
+    typer.echo("Shown this once: keep it now.")
 
 
-def first(items: Iterator[Item], limit: int) -> list[Item]:
-    """At most `limit` items; says so on standard error where there are more."""
-    taken = list(islice(items, limit + 1))
-    if len(taken) > limit:
-        tell(f"The newest {limit}; there are more: raise --limit.", stderr=True)
-    return taken[:limit]
+def show_newest(
+    newest: "Sequence[Message]", limit: int, view: Callable[[Any], RenderableType], *, as_json: bool
+) -> None:
+    """Shows the first `limit` messages, and says on standard error where there is one more."""
+    show(newest[:limit], view, as_json=as_json)
+    if len(newest) > limit:
+        tell(f"These are the newest {limit}; --limit shows more.", stderr=True)
+
+
+def page_size(limit: int) -> int:
+    """What to ask of a list for `limit` items and one more; 200 is the server's most."""
+    return min(limit + 1, 200)
 
 
 def listing(headings: Sequence[str], rows: Iterable[Sequence[str | Text]], *, none: str) -> RenderableType:

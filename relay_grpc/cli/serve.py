@@ -95,10 +95,10 @@ def _complain(sentence: str) -> None:
 
 @contextmanager
 def _ready(settings: Settings) -> Iterator[Ready]:
-    if settings.database_url is not None:
+    if (url := settings.database_url) is not None:
         if settings.is_development:
             settings = datafolder.with_key_material(settings)
-        yield Ready(settings, settings.database_url.get_secret_value(), lambda: True, {})
+        yield Ready(settings, url.get_secret_value(), lambda: True, {})
         return
     with EmbeddedPostgres(settings.data_dir / "postgres") as postgres:
         settings = datafolder.with_key_material(settings)

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_LONGEST = timedelta(days=36_500)
 _UNITS = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -17,11 +18,12 @@ def duration(text: str) -> timedelta:
     """A number and a unit, such as 500ms, 10s, 5m, 1h or 30d."""
     match = _DURATION.fullmatch(text)
     try:
-        if match:
-            return timedelta(**{_UNITS[match[2]]: float(match[1])})
+        length = timedelta(**{_UNITS[match[2]]: float(match[1])}) if match else None
     except OverflowError:
-        pass
-    raise typer.BadParameter(f"{text!r} should be a number with ms, s, m, h or d, such as 10s")
+        length = None
+    if length is None or length > _LONGEST:
+        raise typer.BadParameter(f"{text!r} should be a number with ms, s, m, h or d, such as 10s; 36500d at most")
+    return length
 
 
 def time(text: str) -> datetime:
@@ -30,7 +32,7 @@ def time(text: str) -> datetime:
         return datetime.now(UTC) - duration(text)
     try:
         return datetime.fromisoformat(text).astimezone()
-    except ValueError:
+    except (ValueError, OverflowError):
         raise typer.BadParameter(
             f"{text!r} should be a time such as 2026-01-31T15:00, or how long ago, such as 2h or 7d"
         ) from None
@@ -40,12 +42,18 @@ def parameters(text: str) -> dict[str, Any]:
     """A JSON object: itself, @FILE, or - for standard input."""
     source = _source(text)
     try:
-        value = json.loads(source)
+        value = json.loads(source, parse_constant=_refuse)
     except json.JSONDecodeError as error:
         raise typer.BadParameter(f"not JSON: {error.msg}, line {error.lineno} column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"not what the API takes: {error}") from None
     if not isinstance(value, dict):
         raise typer.BadParameter("should be a JSON object, such as '{\"payload\": {}}'")
     return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _source(text: str) -> str:

@@ -1,10 +1,11 @@
 """A caller of ActionsService with a connection to a receiver, on a channel that repeats nothing by itself."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import isawaitable
 from typing import Any
 from uuid import uuid4
 
@@ -68,9 +69,12 @@ class Caller:
 
     async def ended(self, execution_id: str) -> actions_pb2.Execution:
         """The execution, once no attempt of it is under way."""
-        while (execution := await self.get(execution_id)).state == actions_pb2.EXECUTION_STATE_EXECUTING:
-            await asyncio.sleep(0.02)
-        return execution
+
+        async def settled() -> actions_pb2.Execution | None:
+            execution = await self.get(execution_id)
+            return None if execution.state == actions_pb2.EXECUTION_STATE_EXECUTING else execution
+
+        return await eventually(settled)
 
     async def attempts(self, execution_id: str) -> list[str]:
         """The outcomes of its attempts, as the database has them, first to last."""
@@ -132,6 +136,16 @@ def answering(receiver: Receiver, status: int, **headers: str) -> None:
 
 async def received(receiver: Receiver, count: int) -> None:
     """Waits until the receiver has had so many requests."""
+    await eventually(lambda: len(receiver.requests) >= count)
+
+
+async def eventually(look: Callable[[], Any]) -> Any:
+    """Looks, or awaits a look, until it finds something, for 10 seconds. Returns what it found."""
     async with asyncio.timeout(10):
-        while len(receiver.requests) < count:
-            await asyncio.sleep(0.005)
+        while True:
+            found = look()
+            if isawaitable(found):
+                found = await found
+            if found:
+                return found
+            await asyncio.sleep(0.01)

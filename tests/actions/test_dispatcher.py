@@ -13,7 +13,7 @@ from relay.v1 import actions_pb2
 
 from relay_grpc.actions.execution import MAX_ATTEMPTS
 from relay_grpc.app import serving
-from tests.actions.caller import Caller, answering, calling, held, received
+from tests.actions.caller import Caller, answering, calling, eventually, held, received
 from tests.harness import Databases, Receiver, Relay, running, settings_for
 
 SUCCESS = actions_pb2.EXECUTION_STATE_SUCCESS
@@ -32,16 +32,11 @@ async def end_lease(relay: Relay, execution_id: str) -> None:
 
 
 async def ended_as(caller: Caller, execution_id: str, state: int) -> actions_pb2.Execution:
-    async with asyncio.timeout(10):
-        while (execution := await caller.get(execution_id)).state != state:
-            await asyncio.sleep(0.02)
-    return execution
+    async def look() -> actions_pb2.Execution | None:
+        execution = await caller.get(execution_id)
+        return execution if execution.state == state else None
 
-
-async def logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
-    async with asyncio.timeout(5):
-        while text not in caplog.text:
-            await asyncio.sleep(0.01)
+    return await eventually(look)
 
 
 async def outcomes_in_audit_log(caller: Caller, execution_id: str) -> list[str]:
@@ -76,7 +71,7 @@ async def test_a_worker_that_lost_its_lease_records_nothing(
     await relay.sql("UPDATE action_executions SET lease_token = gen_random_uuid() WHERE id = $1", execution.id)
     before = await caller.executions(preview)
     release.set()
-    await logged(caplog, LATE)
+    await eventually(lambda: LATE in caplog.text)
     assert await caller.executions(preview) == before
     assert not await caller.attempts(execution.id)
     assert not await outcomes_in_audit_log(caller, execution.id)
@@ -94,7 +89,7 @@ async def test_an_attempt_whose_lease_ran_out_is_made_again_and_only_its_success
     await received(caller.receiver, 2)
     assert (await caller.get(execution.id)).attempt_count == 2
     release.set()
-    await logged(caplog, LATE)
+    await eventually(lambda: LATE in caplog.text)
     ended = await ended_as(caller, execution.id, SUCCESS)
     assert ended.last_attempt.number == 2
     assert await caller.attempts(execution.id) == ["interrupted", "success"]
@@ -262,11 +257,12 @@ async def test_a_server_that_stops_records_what_it_delivers(
             asyncio.get_running_loop().call_later(0.2, release.set)
         assert await caller.attempts(soon.id) == ["success"]
 
-        held(receiver)
+        never_answered = held(receiver)
         async with serving(settings, url) as app, calling(relay, receiver, listen=app.listen) as caller:
             never = await caller.execute(await caller.preview(), wait=0)
             await received(receiver, 2)
         assert not await caller.attempts(never.id)
+        never_answered.set()
 
         receiver.answer = None
         await end_lease(relay, never.id)

@@ -12,7 +12,7 @@ from relay import errors
 from relay.v1 import actions_pb2
 
 from relay_grpc.app import serving
-from tests.actions.caller import Caller, answer, answering, calling, held, received
+from tests.actions.caller import Caller, answer, answering, calling, eventually, held, received
 from tests.harness import Databases, Receiver, Relay, receiving, running, settings_for
 
 AT_ONCE = 50
@@ -256,8 +256,7 @@ async def test_a_deadlock_is_contention(databases: Databases, tmp_path: Path, re
             async with holder.transaction():
                 await holder.fetch("SELECT FROM connections WHERE id = $1 FOR UPDATE", preview.connection_id)
                 execute = asyncio.ensure_future(caller.execute(preview))
-                while not await holder.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
-                    await asyncio.sleep(0.01)
+                await eventually(lambda: holder.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
                 locked = holder.fetch("SELECT FROM previews WHERE id = $1 FOR UPDATE", preview.id)
                 with pytest.raises(errors.Contention):
                     await asyncio.gather(execute, locked)
@@ -377,5 +376,3 @@ async def test_nothing_is_sent_unsigned(relay: Relay, caller: Caller) -> None:
     execution = await caller.execute(preview)
     assert (execution.state, execution.last_attempt.outcome) == (PENDING, actions_pb2.ATTEMPT_OUTCOME_UNSENDABLE)
     assert not caller.receiver.requests
-
-

