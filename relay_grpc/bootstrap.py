@@ -54,6 +54,8 @@ async def bootstrap(
             return await _bootstrap(connection, settings, workspace, new_keys)
     except (asyncpg.InvalidParameterValueError, asyncpg.UndefinedTableError) as error:
         raise DatabaseUnusable("the database has no Relay in it: run `relay migrate`") from error
+    except asyncpg.PostgresError as error:
+        raise DatabaseUnusable(f"the database can't be bootstrapped: {reason(error)}") from error
     finally:
         await connection.close()
 

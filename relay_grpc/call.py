@@ -40,7 +40,8 @@ class Call:
     """The state of one RPC. The layers fill it from the outside in; servicers read it and never see the transport.
 
     deadline: on time.monotonic(), infinite where the caller set none. send: writes a message of a streaming answer.
-    code, failure: how it ended. recorded: its audit event is committed. trailing: metadata for the answer.
+    code, failure: how it ended. target: what it was about, where its own transaction does not tell the audit log.
+    recorded: its audit event is committed. trailing: metadata for the answer.
     """
 
     method: Method
@@ -54,6 +55,7 @@ class Call:
     traceparent: str = ""
     code: str = "OK"
     failure: status_pb2.Status | None = None
+    target: str = ""
     recorded: bool = False
     trailing: dict[str, str] = field(default_factory=dict)
     _principal: Principal | None = None

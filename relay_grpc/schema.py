@@ -6,6 +6,7 @@ from pathlib import Path
 import asyncpg
 from alembic import command
 from alembic.config import Config
+from sqlalchemy.exc import DBAPIError
 
 from relay_grpc.db import DatabaseUnusable, reason
 
@@ -23,5 +24,8 @@ def migrate(url: str, revision: str = "head") -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         command.upgrade(config, revision)
+    except DBAPIError as error:
+        said = error.orig.__cause__ if error.orig else None
+        raise DatabaseUnusable(f"the database can't be migrated: {reason(said or error)}") from error
     except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise DatabaseUnusable(f"the database can't be migrated: {reason(error)}; check its URL and rights") from error

@@ -62,6 +62,17 @@ def _redis_url(value: SecretStr) -> SecretStr:
     return value
 
 
+def _signing_secret(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    try:
+        raw = base64.b64decode(text[6:], validate=True) if text.startswith("whsec_") else text.encode()
+    except binascii.Error:
+        raw = b""
+    if not 24 <= len(raw) <= 64:
+        raise ValueError("should be whsec_ and the base64 of 24 to 64 bytes, or 24 to 64 characters")
+    return value
+
+
 def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
@@ -87,6 +98,7 @@ class EncryptionKey(BaseModel):
 
 PostgresUrl = Annotated[SecretStr, AfterValidator(_postgres_url)]
 RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
+SigningSecret = Annotated[SecretStr, AfterValidator(_signing_secret)]
 Listen = Annotated[Address, BeforeValidator(Address.parse)]
 Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], BeforeValidator(_split)]
 EncryptionKeys = Annotated[
@@ -124,10 +136,11 @@ class Settings(BaseModel):
     webhook_url: str | None = Field(
         None,
         alias="WEBHOOK_URL",
+        pattern="^https?://",
         description="The default connection of the bootstrap workspace, which `relay bootstrap` makes, and on the "
         "embedded database every start; needs ACTIONS_SIGNING_SECRET.",
     )
-    actions_signing_secret: SecretStr | None = Field(
+    actions_signing_secret: SigningSecret | None = Field(
         None, alias="ACTIONS_SIGNING_SECRET", description="Signs that connection: whsec_..., or 24 to 64 characters."
     )
     telemetry_enabled: bool = Field(True, alias="TELEMETRY_ENABLED", description="Whether /metrics answers.")

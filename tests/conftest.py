@@ -1,6 +1,7 @@
 """What every test may ask for: a Postgres, databases, a running Relay, and a receiver."""
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from tests.harness import TEMPLATE, Databases, Receiver, Relay, receiving, runni
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
+def postgres() -> Iterator[EmbeddedPostgres]:
     """One real PostgreSQL for the whole run, without fsync."""
-    with EmbeddedPostgres(tmp_path_factory.mktemp("postgres"), durable=False) as server:
-        yield server
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # where root can't enter a user namespace, the server runs as nobody
+        with EmbeddedPostgres(Path(folder, "postgres"), durable=False) as server:
+            yield server
 
 
 @pytest.fixture(scope="session")

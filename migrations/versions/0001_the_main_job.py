@@ -253,13 +253,3 @@ SECURITY = (
 def upgrade() -> None:
     for statement in (*ROLES, *TABLES, *SECURITY):
         op.execute(statement)
-
-
-def downgrade() -> None:
-    op.execute("SET LOCAL ROLE relay_owner")
-    op.execute("DROP FUNCTION relay_find_api_key")
-    for table in ("workspaces", *CONFINED):
-        op.execute(f"DROP TABLE {table} CASCADE")
-    for name in ("execution_state", "attempt_outcome", "event_outcome", "actor_type"):
-        op.execute(f"DROP TYPE {name}")
-    op.execute("RESET ROLE")

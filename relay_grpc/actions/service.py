@@ -207,6 +207,7 @@ class ActionsService:
                 connection, order.workspace_id, order.caller, order.preview_id, order.idempotency_key
             )
             if facts["execution_id"] and facts["same_request"]:
+                order.call.target = f"executions/{facts['execution_id']}"
                 earlier = await store.get_execution(connection, order.workspace_id, facts["execution_id"])
                 return messages.execution(earlier, replayed=True)
         raise _refusal(order, facts)

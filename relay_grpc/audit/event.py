@@ -71,6 +71,7 @@ def of_call(call: Call, status: Outcome = Outcome.SUCCESS, reason: str = "") -> 
         action=call.method.name,
         status=status,
         reason=reason,
+        target=call.target,
         actor_type=ActorType.UNKNOWN,
         scopes=tuple(sorted(call.method.scopes)),
         request_id=call.request_id,

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from relay_grpc import errors
 from relay_grpc.audit import store
-from relay_grpc.audit.event import Event, keyed_hash, of_call
+from relay_grpc.audit.event import SYSTEM_WORKSPACE, ActorType, Event, keyed_hash, of_call
 from relay_grpc.call import Call
 from relay_grpc.db import Database
 from relay_grpc.telemetry import Metrics
@@ -73,7 +73,8 @@ class Recorder:
         caller, minute = event.actor_id or event.peer, int(time.time() // 60)
         counted = self._refusals.get((event.action, event.reason, caller, minute))
         if counted is None and len(self._refusals) >= MAX_COUNTED:
-            event.peer = caller = ""
+            event, caller = Event(SYSTEM_WORKSPACE, event.action, event.status, event.reason), ""
+            event.actor_type = ActorType.UNKNOWN
             counted = self._refusals.get((event.action, event.reason, caller, minute))
         if counted is None:
             self._refusals[event.action, event.reason, caller, minute] = event

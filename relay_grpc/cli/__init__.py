@@ -4,19 +4,17 @@ Commands import what they need when they run: the help and the commands over gRP
 """
 
 import sys
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from relay_grpc.cli import actions, audit, connections, database, executions, keys
+from relay_grpc.cli import actions, audit, connections, database, executions, keys, server
 from relay_grpc.cli.client import Target
 from relay_grpc.cli.failures import EPILOG, Failure
 
 SERVER = "Server and database"
 API = "Over gRPC"
-CONNECTING = "Options of what goes over gRPC"
-LEAVE_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True}
+CONNECTING = "Options for what goes over gRPC"
 
 # A traceback with local variables would show keys.
 app = typer.Typer(
@@ -24,30 +22,7 @@ app = typer.Typer(
 )
 
 
-def _forward(ctx: typer.Context, command: Callable[..., None]) -> None:
-    """Runs a command that was imported only now, with the arguments that this one left alone."""
-    forwarded = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    forwarded.command()(command)
-    forwarded(args=ctx.args, prog_name=ctx.command_path)
-
-
-@app.command("serve", add_help_option=False, context_settings=LEAVE_ARGUMENTS, rich_help_panel=SERVER)
-def _serve(ctx: typer.Context) -> None:
-    """Run a server until Ctrl-C or SIGTERM."""
-    from relay_grpc.cli.serve import serve
-
-    _forward(ctx, serve)
-
-
-@app.command("demo", add_help_option=False, context_settings=LEAVE_ARGUMENTS, rich_help_panel=SERVER)
-def _demo(ctx: typer.Context) -> None:
-    """Run a server, and see one webhook sent and verified."""
-    from relay_grpc.cli.demo import demo
-
-    _forward(ctx, demo)
-
-
-for command in (database.migrate, database.bootstrap, database.keygen):
+for command in (server.serve, server.demo, database.migrate, database.bootstrap, database.keygen):
     app.command(rich_help_panel=SERVER)(command)
 app.command(rich_help_panel=API)(keys.whoami)
 for group in (keys, connections, actions, executions, audit):

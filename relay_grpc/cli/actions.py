@@ -10,7 +10,7 @@ from rich.text import Text
 
 from relay_grpc.cli import executions, values
 from relay_grpc.cli.client import Json, connected
-from relay_grpc.cli.failures import Exit, Failure
+from relay_grpc.cli.failures import ExitCode, Failure
 from relay_grpc.cli.output import fields, listing, moment, plain, show, tell, word
 
 if TYPE_CHECKING:
@@ -103,13 +103,13 @@ def run(
 ) -> None:
     """Preview an action, ask, execute it and print how it went."""
     if not (yes or sys.stdin.isatty()):
-        raise Failure("there is nobody to ask: give --yes to execute without asking", code=Exit.USAGE)
+        raise Failure("there is nobody to ask: give --yes to execute without asking", code=ExitCode.USAGE)
     with connected(ctx) as relay:
         shown = relay.actions.preview(action, parameters, connection_id=connection)
         tell(_plan(shown), "", stderr=True)
         if not (yes or typer.confirm("Execute it?", err=True)):
             tell("Nothing was done.", stderr=True)
-            raise typer.Exit(Exit.FAILED)
+            raise typer.Exit(ExitCode.FAILED)
         execution = _execute(relay, shown.id, shown.digest, idempotency_key, wait)
     _conclude(execution, as_json)
 
@@ -136,7 +136,7 @@ def _conclude(execution: "actions_pb2.Execution", as_json: bool) -> None:
 
     show(execution, executions.view, as_json=as_json)
     if execution.state in (EXECUTION_STATE_FAILED, EXECUTION_STATE_CANCELLED, EXECUTION_STATE_UNKNOWN):
-        raise typer.Exit(Exit.FAILED)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _actions(actions: list["actions_pb2.Action"]) -> RenderableType:

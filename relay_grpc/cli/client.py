@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relay_grpc.cli.failures import Exit, Failure, of_call
+from relay_grpc.cli.failures import ExitCode, Failure, of_call
 
 if TYPE_CHECKING:
     from relay.client import Relay
@@ -39,23 +39,22 @@ def connected(ctx: typer.Context) -> Iterator["Relay"]:
     from relay.errors import RelayError
 
     target: Target = ctx.obj
-    local = _is_local(target.address)
-    api_key = target.api_key or (_development_key() if local else None)
+    api_key = target.api_key or (_development_key() if _is_local(target.address) else None)
     if not api_key:
         raise Failure(
             "no API key: set RELAY_API_KEY or give --api-key",
             "a development server on this machine writes one when 'relay serve' starts first",
-            code=Exit.DENIED,
+            code=ExitCode.DENIED,
         )
     try:
         with connect(target.address, api_key=api_key, insecure=target.insecure) as relay:
             yield relay
     except RelayError as error:
-        raise of_call(error, target.address, local=local) from error
+        raise of_call(error, target.address, local=_is_local(target.address)) from error
     except UnicodeError as error:
-        raise Failure("a value is not text that UTF-8 can carry", code=Exit.USAGE) from error
+        raise Failure("a value is not text that UTF-8 can carry", code=ExitCode.USAGE) from error
     except ValueError as error:  # what can't be a target, a key or a field of a request
-        raise Failure(str(error), code=Exit.USAGE) from error
+        raise Failure(str(error), code=ExitCode.USAGE) from error
 
 
 def _is_local(address: str) -> bool:
@@ -74,7 +73,7 @@ def _development_key() -> str | None:
 
     try:
         settings = Settings.load()
-    except SettingsError:  # of a server, which this command is not
+        kept = datafolder.read(settings.data_dir / datafolder.CREDENTIALS) if settings.is_development else None
+    except (SettingsError, OSError):  # a server's troubles, which this command is not
         return None
-    kept = datafolder.read(settings.data_dir / datafolder.CREDENTIALS) if settings.is_development else None
     return kept.get("RELAY_ADMIN_KEY") if kept else None

@@ -1,15 +1,13 @@
 """The operator's commands on the database itself: `relay migrate`, `relay bootstrap`, `relay keygen`."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from relay_grpc.cli.client import Json
-from relay_grpc.cli.failures import Exit, Failure
+from relay_grpc.cli.failures import ExitCode, Failure
 from relay_grpc.cli.output import show_json, tell, tell_secrets
-
-if TYPE_CHECKING:
-    from relay_grpc.settings import Settings
+from relay_grpc.cli.values import settings_from
 
 
 def migrate(
@@ -20,10 +18,10 @@ def migrate(
 ) -> None:
     """Bring the database to the schema of this version."""
     # As in development: a migration needs a URL, not the key material that production serves with.
-    settings = _settings(database_url=database_url, database_public_url=database_url, env="development")
+    settings = settings_from(database_url=database_url, database_public_url=database_url, env="development")
     url = settings.database_public_url or settings.database_url
     if url is None:
-        raise Failure("no DATABASE_URL: the embedded database is migrated by 'relay serve' itself", code=Exit.USAGE)
+        raise Failure("no DATABASE_URL: the embedded database is migrated by 'relay serve' itself", code=ExitCode.USAGE)
 
     from relay_grpc.db import DatabaseUnusable
     from relay_grpc.schema import migrate
@@ -43,10 +41,12 @@ def bootstrap(
     as_json: Json = False,
 ) -> None:
     """Make a workspace on DATABASE_URL, and an admin and a developer key for it."""
-    settings = _settings()
+    settings = settings_from()
     url = settings.database_url
     if url is None:
-        raise Failure("no DATABASE_URL: the embedded database is bootstrapped by 'relay serve' itself", code=Exit.USAGE)
+        raise Failure(
+            "no DATABASE_URL: the embedded database is bootstrapped by 'relay serve' itself", code=ExitCode.USAGE
+        )
 
     import asyncio
 
@@ -76,12 +76,3 @@ def keygen() -> None:
 
     for name, value in new_key_material().items():
         typer.echo(f"{name}={value}")
-
-
-def _settings(**overrides: Any) -> "Settings":
-    from relay_grpc.settings import Settings, SettingsError
-
-    try:
-        return Settings.load(**overrides)
-    except SettingsError as error:
-        raise Failure(*error.problems, code=Exit.USAGE) from error

@@ -1,4 +1,4 @@
-"""`relay demo`: a server, and the main job done once where the user can see it."""
+"""The main job, done once where the user can see it."""
 
 import asyncio
 import hmac
@@ -6,13 +6,12 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from aiohttp import web
 from relay import aio
 from relay.errors import RelayError
@@ -23,31 +22,24 @@ from rich.markup import escape
 from relay_grpc import datafolder
 from relay_grpc.actions import signing
 from relay_grpc.app import App, StartError
-from relay_grpc.cli.serve import DataDir, HttpListen, Listen, Ready, run
+from relay_grpc.cli.running import Ready
 
 TOLERANCE_SECONDS = 300  # Standard Webhooks: how old a signature may be
 PAYLOAD = {"order": "4711", "amount": 42, "currency": "EUR"}
 console = Console(soft_wrap=True, highlight=False)
 
 
-def demo(
-    data_dir: DataDir = None,
-    listen: Listen = None,
-    http_listen: HttpListen = None,
-    once: Annotated[
-        bool, typer.Option("--once", help="Stop when the action is delivered; exit 1 if it is not.")
-    ] = False,
-) -> None:
-    """Start a server, then preview, execute and deliver one webhook to a receiver that checks it. Then serve on."""
+def main_job(*, once: bool) -> Callable[[Ready, App], Awaitable[None]]:
+    """The demo, for `run`. once: it ends when the webhook is verified; else it keeps its receiver for more."""
 
     async def job(ready: Ready, app: App) -> None:
         async with _receiver() as receiver:
             await _main_job(ready, app, receiver)
             if not once:
                 _show_commands(ready, app)
-                await asyncio.Event().wait()  # the receiver stays for what the user tries
+                await asyncio.Event().wait()
 
-    run(job, once=once, data_dir=data_dir, listen=listen, http_listen=http_listen)
+    return job
 
 
 class _Receiver:
@@ -148,7 +140,7 @@ with connect("{app.listen}", api_key=os.environ["RELAY_DEVELOPER_KEY"]) as relay
         f"{_tool('buf')} curl --protocol grpc --http2-prior-knowledge {header} \\\n"
         f"  {body} \\\n  http://{app.listen}/relay.v1.ActionsService/Preview",
         f"{shlex.quote(_relative(sys.executable))} - <<'PY'{python}\nPY",
-        f"{_tool('relay')} executions list",
+        f"{_tool('relay')} --address {app.listen} --api-key $RELAY_ADMIN_KEY executions list",
         f"curl -s http://{app.http_listen}/readyz",
     ):
         console.print(command, markup=False)

@@ -3,10 +3,9 @@
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.text import Text
 
-from relay_grpc.cli.output import plain
+from relay_grpc.cli.output import console, plain
 
 if TYPE_CHECKING:
     from relay.errors import RelayError
@@ -24,7 +23,7 @@ Exit codes:
 7  no server answers, or it is too busy: try again"""
 
 
-class Exit(IntEnum):
+class ExitCode(IntEnum):
     """The exit codes of EPILOG."""
 
     FAILED = 1
@@ -38,34 +37,34 @@ class Exit(IntEnum):
 
 # By google.rpc.Code. What is not here is FAILED.
 _EXITS = {
-    "INVALID_ARGUMENT": Exit.USAGE,
-    "UNAUTHENTICATED": Exit.DENIED,
-    "PERMISSION_DENIED": Exit.DENIED,
-    "NOT_FOUND": Exit.NOT_FOUND,
-    "ALREADY_EXISTS": Exit.REFUSED,
-    "FAILED_PRECONDITION": Exit.REFUSED,
-    "RESOURCE_EXHAUSTED": Exit.RATE_LIMITED,
-    "ABORTED": Exit.UNAVAILABLE,
-    "UNAVAILABLE": Exit.UNAVAILABLE,
-    "DEADLINE_EXCEEDED": Exit.UNAVAILABLE,
+    "INVALID_ARGUMENT": ExitCode.USAGE,
+    "UNAUTHENTICATED": ExitCode.DENIED,
+    "PERMISSION_DENIED": ExitCode.DENIED,
+    "NOT_FOUND": ExitCode.NOT_FOUND,
+    "ALREADY_EXISTS": ExitCode.REFUSED,
+    "FAILED_PRECONDITION": ExitCode.REFUSED,
+    "RESOURCE_EXHAUSTED": ExitCode.RATE_LIMITED,
+    "ABORTED": ExitCode.UNAVAILABLE,
+    "UNAVAILABLE": ExitCode.UNAVAILABLE,
+    "DEADLINE_EXCEEDED": ExitCode.UNAVAILABLE,
 }
 
 
 class Failure(Exception):
     """Ends the command with `code`. lines: what is wrong and what to do, a sentence each."""
 
-    def __init__(self, *lines: str, code: Exit = Exit.FAILED) -> None:
+    def __init__(self, *lines: str, code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
         self.code = code
 
     def show(self) -> None:
-        console = Console(stderr=True, highlight=False)
-        console.soft_wrap = not console.is_terminal  # a sentence is one line in a log
+        stderr = console(stderr=True)
+        stderr.soft_wrap = not stderr.is_terminal  # a sentence is one line in a log
         first, *others = self.lines
-        console.print(Text("error: ", "red") + plain(first))
+        stderr.print(Text.assemble(("error: ", "red"), plain(first)))
         for line in others:
-            console.print("  ", plain(line), sep="")
+            stderr.print("  ", plain(line), sep="")
 
 
 def of_call(error: "RelayError", address: str, *, local: bool) -> Failure:
@@ -75,9 +74,9 @@ def of_call(error: "RelayError", address: str, *, local: bool) -> Failure:
     if error.retry_after is not None and "try again in" not in error.message:
         lines.append(f"try again in {error.retry_after:.3g} s")
     lines += getattr(error, "__notes__", [])
-    code = _EXITS.get(error.code.name, Exit.FAILED)
-    if code is Exit.RATE_LIMITED and error.retry_after is None:  # the message is too large: waiting does not help
-        code = Exit.USAGE
+    code = _EXITS.get(error.code.name, ExitCode.FAILED)
+    if code is ExitCode.RATE_LIMITED and error.retry_after is None:  # the message is too large: waiting does not help
+        code = ExitCode.USAGE
     return Failure(*lines, code=code)
 
 

@@ -56,7 +56,15 @@ def show_json(document: object) -> None:
 
 def tell(*renderables: RenderableType, stderr: bool = False) -> None:
     """Prints for people: in colour on a terminal, plain elsewhere and with NO_COLOR."""
-    Console(stderr=stderr, highlight=False, markup=False, emoji=False).print(*renderables)
+    console(stderr=stderr).print(*renderables)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Standard output or error. Rich alone would keep bold and dim with NO_COLOR."""
+    coloured = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not coloured.no_color:
+        return coloured
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, color_system=None)
 
 
 def tell_secrets(secrets: Mapping[str, str]) -> None:
@@ -121,7 +129,7 @@ def word(message: "Message", field: str) -> Text:
     prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
     known = enum.values_by_number.get(number)  # a newer server may know more values
     name = known.name.removeprefix(prefix).lower() if known else str(number)
-    return Text(name.replace("_", " "), _STYLES.get(name, ""))
+    return Text.assemble((name.replace("_", " "), _STYLES.get(name, "")))  # what is appended keeps its own style
 
 
 def when(timestamp: "Timestamp", *, now: datetime | None = None) -> str:

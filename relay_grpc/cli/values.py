@@ -1,13 +1,18 @@
-"""What people type: durations, times and JSON. Each raises typer.BadParameter with what is wrong."""
+"""What people type: durations, times, JSON and settings. Each raises typer.BadParameter or Failure: what is wrong."""
 
 import json
 import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+from relay_grpc.cli.failures import ExitCode, Failure
+
+if TYPE_CHECKING:
+    from relay_grpc.settings import Settings
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _LONGEST = timedelta(days=36_500)
@@ -67,3 +72,13 @@ def _source(text: str) -> str:
     except UnicodeDecodeError:
         raise typer.BadParameter("what it names is not UTF-8 text") from None
     return text
+
+
+def settings_from(**overrides: Any) -> "Settings":
+    """The settings of the environment; overrides go by field name and win."""
+    from relay_grpc.settings import Settings, SettingsError
+
+    try:
+        return Settings.load(**overrides)
+    except SettingsError as error:
+        raise Failure(*error.problems, code=ExitCode.USAGE) from error

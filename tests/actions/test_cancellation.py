@@ -119,24 +119,6 @@ async def test_a_caller_that_leaves_during_the_delivery_does_not_stop_it(
     await assert_happened_once(caller, preview, f"leaves-by-{way}")
 
 
-async def test_cancelled_while_its_refusal_is_written_down_it_has_an_event(relay: Relay, caller: Caller) -> None:
-    await relay.sql("UPDATE connections SET enabled = false WHERE id = $1", caller.connection.id)
-    request = actions_pb2.PreviewRequest(
-        action="webhook.send", connection_id=caller.connection.id, parameters={"payload": {}}
-    )
-    holder = await asyncpg.connect(relay.url)
-    try:
-        async with holder.transaction():
-            await holder.execute("LOCK TABLE audit_logs IN SHARE ROW EXCLUSIVE MODE")
-            call = caller.stub.Preview(request, metadata=(*caller.metadata, ("x-request-id", "refused")))
-            await blocked(relay)
-            call.cancel()
-            await asyncio.sleep(0.05)
-    finally:
-        await holder.close()
-    assert [status for status, _ in await events(relay, "refused")] == ["failed"]
-
-
 async def test_at_whatever_moment_the_caller_leaves_it_happened_once_or_not_at_all(
     relay: Relay, caller: Caller
 ) -> None:

@@ -1,7 +1,7 @@
 """Judges what a run with crashes did: the total-queue checker of Jepsen (jepsen.checker/total-queue), for deliveries.
 
-What was acknowledged must be received; what is received must have been attempted. Jepsen lets duplicates pass; here each
-must be the same message once more, with the same id.
+What was acknowledged must be received; what is received must have been attempted. Jepsen lets duplicates pass; here
+each must be the same message once more, with the same id.
 """
 
 from collections import Counter

@@ -15,7 +15,7 @@ from typing import Any
 
 from aiohttp import web
 from relay import aio
-from relay.errors import RelayError
+from relay.errors import Contention, DeadlineExceeded, Unavailable
 from relay.v1 import actions_pb2, audit_pb2
 
 from relay_grpc import datafolder
@@ -68,15 +68,15 @@ async def server(folder: Path, module: str) -> AsyncIterator[tuple[asyncio.subpr
 
 @dataclass
 class History:
-    """What clients asked for and heard, over all rounds. in_flight: asked for and not answered when a kill came."""
+    """What clients asked for and heard, over all rounds. interrupted: asked for, and a kill came before the answer."""
 
     receiver: Receiver
     attempted: list[str] = field(default_factory=list)
     acknowledged: dict[str, str] = field(default_factory=dict)
-    in_flight: set[str] = field(default_factory=set)
+    interrupted: set[str] = field(default_factory=set)
 
     async def act(self, client: Any, connection_id: str, name: str, process: asyncio.subprocess.Process) -> None:
-        """Previews and executes under the name as key, unless the server is gone; it is tried again in a later round."""
+        """Previews and executes with the name as key, unless the server is gone: then it is for a later round."""
         async with TOGETHER:
             if process.returncode is not None:
                 return
@@ -84,11 +84,10 @@ class History:
                 preview = await client.actions.preview(
                     "webhook.send", {"payload": {"name": name}}, connection_id=connection_id, timeout=5
                 )
-                self.in_flight.add(name)
                 execution = await client.actions.execute(preview, idempotency_key=name, timeout=5)
-            except RelayError:
+            except (Unavailable, DeadlineExceeded, Contention):
+                self.interrupted.add(name)
                 return
-            self.in_flight.discard(name)
             self.acknowledged[name] = execution.id
 
     def unacknowledged(self) -> list[str]:
@@ -107,7 +106,6 @@ async def crash(
     """For each number: a server, a round of actions, and kill -9 after so many deliveries of the round. Then a server
     that is left to end everything. Returns the history, and the executions and audit events of the last server.
     """
-    folder.mkdir(exist_ok=True)
     history, connection_id = History(receiver), ""
 
     async def slowly(_request: web.Request) -> web.Response:
@@ -118,7 +116,7 @@ async def crash(
     for number, count in enumerate(kill_after):
         async with server(folder, module) as (process, client):
             connection_id = connection_id or (await client.connections.create_webhook("crash", receiver.url)).id
-            history.attempted += [f"round {number} action {n}" for n in range(ACTIONS)]
+            history.attempted += [f"round-{number}-action-{n}" for n in range(ACTIONS)]
             before = len(receiver.requests)
             actions = asyncio.gather(
                 *(history.act(client, connection_id, name, process) for name in history.unacknowledged())
@@ -148,7 +146,7 @@ async def test_nothing_acknowledged_is_lost_to_kill_9(tmp_path: Path, receiver: 
     history, executions, events = await crash(tmp_path, receiver, "relay_grpc", kill_after)
     verdict = history.verdict()
     assert verdict.valid, verdict
-    assert verdict.duplicated <= history.in_flight, "more came twice than a kill had interrupted"
+    assert verdict.duplicated <= history.interrupted, "more came twice than a kill had interrupted"
     assert set(history.acknowledged) == set(history.attempted)
     assert {one.idempotency_key: one.id for one in executions} == history.acknowledged
     assert {one.state for one in executions} == {actions_pb2.EXECUTION_STATE_SUCCESS}

@@ -1,0 +1,107 @@
+"""However a call ends, an audited one leaves exactly one event, and a defect tells nothing but its request id."""
+
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from relay.v1 import actions_pb2, auth_pb2, connections_pb2
+
+from relay_grpc.call import Method
+from tests.contract.requests import fitting
+from tests.harness import Databases, Receiver, Relay, running, settings_for
+from tests.rpc.wire import METHODS, Answer, Wire, wired
+
+EVERY_METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+@EVERY_METHOD
+async def test_a_call_leaves_one_event_where_its_method_is_audited(wire: Wire, events_of: Any, method: Method) -> None:
+    request_id = uuid4().hex
+    answer = await wire.call(method, fitting(method.input_type.DESCRIPTOR), x_request_id=request_id)
+    assert answer.trailing["x-request-id"] == request_id
+    expected = ("success", "") if answer.code == "OK" else ("failed", answer.reason)
+    events = [(row["status"], row["reason"], row["count"]) for row in await events_of(request_id)]
+    assert events == ([(*expected, 1)] if method.audited else [])
+
+
+@EVERY_METHOD
+async def test_a_bad_request_leaves_one_event_where_the_method_is_audited(
+    wire: Wire, events_of: Any, method: Method
+) -> None:
+    request_id = uuid4().hex
+    await wire.call(method, b"\xff", x_request_id=request_id)
+    events = [(row["action"], row["status"], row["reason"]) for row in await events_of(request_id)]
+    assert events == ([(method.name, "failed", "INVALID_REQUEST")] if method.audited else [])
+
+
+async def test_a_request_id_is_taken_from_the_caller_where_it_is_fit_to_be_logged(wire: Wire) -> None:
+    async def echoed(given: str) -> Any:
+        return (await wire.call("AuthService.WhoAmI", x_request_id=given)).trailing["x-request-id"]
+
+    assert await echoed("Order-4711_a.b") == "Order-4711_a.b"
+    for unfit in ("", "x" * 65, "a b", "<script>"):
+        made = await echoed(unfit)
+        assert re.fullmatch("[0-9a-f]{32}", made)
+
+
+async def test_each_audited_method_that_is_built_leaves_one_event_of_its_success(
+    relay: Relay, wire: Wire, events_of: Any, receiver: Receiver
+) -> None:
+    done = set()
+
+    async def do(name: str, request: Any) -> Any:
+        request_id = uuid4().hex
+        reply = (await wire.call(name, request, x_request_id=request_id)).reply
+        (event,) = await events_of(request_id)
+        assert (event["action"], event["status"], event["reason"]) == (name, "success", "")
+        assert event["workspace_id"] == relay.tenant.workspace_id
+        done.add(name)
+        return reply
+
+    key = await do("AuthService.CreateApiKey", auth_pb2.CreateApiKeyRequest(name="audited", role="viewer"))
+    await do("AuthService.RevokeApiKey", auth_pb2.RevokeApiKeyRequest(id=key.id))
+    webhook = connections_pb2.WebhookConfiguration(url=receiver.url)
+    connection = await do(
+        "ConnectionsService.CreateConnection",
+        connections_pb2.CreateConnectionRequest(name="audited", webhook=webhook),
+    )
+    preview_request = actions_pb2.PreviewRequest(action="webhook.send", connection_id=connection.id)
+    preview_request.parameters.update({"payload": {}})
+    preview = await do("ActionsService.Preview", preview_request)
+    await do("ActionsService.Execute", actions_pb2.ExecuteRequest(preview_id=preview.id))
+    await do("AuditService.ListEvents", fitting(METHODS["AuditService.ListEvents"].input_type.DESCRIPTOR))
+    assert done == {
+        method.name
+        for method in METHODS.values()
+        if method.audited and (await wire.call(method, fitting(method.input_type.DESCRIPTOR))).code != "UNIMPLEMENTED"
+    }
+
+
+@pytest.fixture(scope="module")
+async def broken(databases: Databases, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Relay]:
+    """A server whose database lost a table."""
+    async with databases.new() as url, running(url, settings_for(tmp_path_factory.mktemp("data"))) as relay:
+        await relay.sql("ALTER TABLE connections RENAME TO a_name_that_no_client_may_see")
+        yield relay
+
+
+async def test_a_defect_is_told_by_its_request_id_alone(broken: Relay, caplog: pytest.LogCaptureFixture) -> None:
+    async with wired(broken) as wire:
+        answer: Answer = await wire.call("ConnectionsService.ListConnections", x_request_id="find-me")
+    assert (answer.code, answer.reason) == ("INTERNAL", "INTERNAL")
+    assert answer.text == "internal error; the log knows it as request find-me"
+    assert len(answer.status.details) == 1  # type: ignore[union-attr]
+    assert any("find-me" in record.message and record.exc_info for record in caplog.records)
+
+
+async def test_a_defect_of_an_audited_method_leaves_one_event(broken: Relay) -> None:
+    async with wired(broken) as wire:
+        request = fitting(connections_pb2.CreateConnectionRequest.DESCRIPTOR)
+        answer = await wire.call("ConnectionsService.CreateConnection", request, x_request_id="find-me-too")
+    assert (answer.code, answer.reason) == ("INTERNAL", "INTERNAL")
+    assert [
+        (row["status"], row["reason"])
+        for row in await broken.sql("SELECT * FROM audit_logs WHERE request_id = 'find-me-too'")
+    ] == [("failed", "INTERNAL")]
