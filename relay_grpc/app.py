@@ -48,7 +48,8 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", 8 * 1024),
     ("grpc.absolute_max_metadata_size", 8 * 1024),
-    ("grpc.max_concurrent_streams", 100),
+    # Above it grpcio resets calls instead of letting clients queue them, so the 100 of proxies refuses honest bursts.
+    ("grpc.max_concurrent_streams", 1000),
     ("grpc.max_connection_idle_ms", 5 * 60_000),
     ("grpc.max_connection_age_ms", 30 * 60_000),
     ("grpc.max_connection_age_grace_ms", 30_000),

@@ -89,8 +89,8 @@ class Database:
     async def workspace(self, workspace_id: UUID) -> AsyncIterator["Connection"]:
         """A transaction that sees the rows of one workspace: one round trip to begin, one to commit."""
         async with _lent(self._app) as connection:
-            await connection.execute(f"BEGIN; SET LOCAL relay.workspace_id = '{workspace_id}'")
             try:
+                await connection.execute(f"BEGIN; SET LOCAL relay.workspace_id = '{workspace_id}'")
                 yield connection
             except TimeoutError:
                 raise  # the connection is dropped, and the transaction with it

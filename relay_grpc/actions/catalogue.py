@@ -35,7 +35,7 @@ class Effects:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One entry of the catalogue. schema: a JSON Schema (draft 2020-12) of the parameters."""
+    """One entry of the catalogue. schema: a JSON Schema (draft 2020-12) of the parameters; names: its field names."""
 
     name: str
     version: int
@@ -45,9 +45,11 @@ class Action:
     schema: Mapping[str, Any]
     delivery: Delivery
     effects: Effects = Effects()
+    names: frozenset[str] = field(init=False)
     _validator: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "names", frozenset(_names(self.schema)))
         object.__setattr__(self, "_validator", jsonschema_rs.validator_for(dict(self.schema), mask="the value"))
 
     def canonical(self, parameters: Mapping[str, Any]) -> str:
@@ -66,6 +68,14 @@ class Action:
         if len(text.encode()) > MAX_PARAMETERS_BYTES:
             raise errors.InvalidRequest([("parameters", f"more than {MAX_PARAMETERS_BYTES} bytes of canonical JSON")])
         return text
+
+
+def _names(schema: Any) -> Iterator[str]:
+    """The names of all properties that a schema declares, at any depth."""
+    if isinstance(schema, Mapping):
+        yield from schema.get("properties", {})
+        for part in schema.values():
+            yield from _names(part)
 
 
 def _bound(parameters: Mapping[str, Any]) -> None:

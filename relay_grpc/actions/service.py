@@ -77,7 +77,7 @@ class ActionsService:
                 target=target,
                 parameters=canonical,
                 params_hash=self._recorder.hash(call.workspace_id, canonical),
-                params_prefix=masked_prefix(parameters),
+                params_prefix=masked_prefix(parameters, action.names),
                 digest=digest(
                     action=action.name,
                     action_version=action.version,

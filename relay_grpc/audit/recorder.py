@@ -86,8 +86,12 @@ class Recorder:
         now = int(time.time() // 60)
         ready = [key for key in self._refusals if everything or key[-1] < now]
         for key in ready:
-            await self.write(self._refusals[key])
-            del self._refusals[key]
+            event = self._refusals.pop(key)
+            try:
+                await self.write(event)
+            except errors.RelayError:
+                self._refusals[key] = event
+                raise
 
     async def close(self) -> None:
         """Writes everything that is still to be written."""

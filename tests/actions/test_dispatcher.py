@@ -93,6 +93,7 @@ async def test_an_attempt_whose_lease_ran_out_is_made_again_and_only_its_success
     ended = await ended_as(caller, execution.id, SUCCESS)
     assert ended.last_attempt.number == 2
     assert await caller.attempts(execution.id) == ["interrupted", "success"]
+    assert await outcomes_in_audit_log(caller, execution.id) == ["success"]
     (first, first_body), (second, second_body) = caller.receiver.requests
     assert first["webhook-id"] == second["webhook-id"] == execution.id
     assert first_body == second_body
@@ -213,7 +214,12 @@ async def test_two_servers_that_sweep_the_same_rows_make_each_attempt_once(relay
     caller.receiver.answer = None
     caller.receiver.requests.clear()
     async with serving(relay.settings, relay.url):
-        await make_due(relay, *(execution.id for execution in executions))
+        holder = await asyncpg.connect(relay.url)
+        async with holder.transaction():
+            await holder.execute("LOCK TABLE action_executions IN EXCLUSIVE MODE")
+            await holder.execute("UPDATE action_executions SET next_attempt_at = now() WHERE status = 'pending'")
+            await asyncio.sleep(0.3)  # both sweepers wait now, and begin at one time
+        await holder.close()
         for execution in executions:
             await ended_as(caller, execution.id, SUCCESS)
     assert sorted(caller.receiver.ids()) == sorted(execution.id for execution in executions)

@@ -65,7 +65,7 @@ async def test_an_event_tells_who_did_what_to_what_and_how_it_ended(relay: Relay
     assert (event.catalogue_action, event.provider) == ("webhook.send", "independent")
     assert (event.outcome, event.reason, event.scopes) == (audit_pb2.EVENT_OUTCOME_SUCCESS, "", ["actions:execute"])
     assert (event.trace_id, event.peer, event.count) == (trace_id, "127.0.0.1", 1)
-    assert event.parameters_prefix == '{"method":*,"payload":{"amount":*,"to":*}}'
+    assert event.parameters_prefix == '{"method":*,"payload":{*:*,*:*}}'
     assert event.parameters_hash
     assert event.idempotency_key_hash
     assert event.duration.ToNanoseconds() > 0

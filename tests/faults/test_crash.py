@@ -150,9 +150,7 @@ async def test_nothing_acknowledged_is_lost_to_kill_9(tmp_path: Path, receiver: 
     assert set(history.acknowledged) == set(history.attempted)
     assert {one.idempotency_key: one.id for one in executions} == history.acknowledged
     assert {one.state for one in executions} == {actions_pb2.EXECUTION_STATE_SUCCESS}
-    assert sorted(event.target for event in events if "executions/" in event.target) == sorted(
-        f"executions/{one.id}" for one in executions
-    )
+    assert {event.target for event in events} >= {f"executions/{one.id}" for one in executions}
 
 
 async def test_a_server_without_an_outbox_is_found_out(tmp_path: Path, receiver: Receiver) -> None:

@@ -11,13 +11,14 @@ from relay_grpc.actions.dispatcher import Dispatcher
 from relay_grpc.cli import main
 
 MEMORY_SECONDS = 0.3
+memory: list[asyncio.Task[None]] = []
 
 
 class WithoutOutbox(Dispatcher):
     def _start(self, row: Any) -> None:
-        self._forgettable = asyncio.gather(getattr(self, "_forgettable", asyncio.sleep(0)), self._later(row))
+        memory.append(asyncio.create_task(self._deliver_later(row)))
 
-    async def _later(self, row: Any) -> None:
+    async def _deliver_later(self, row: Any) -> None:
         async with self._db.worker() as connection:
             await connection.execute(
                 """
