@@ -56,11 +56,11 @@ clean: ## remove the environment and everything built
 .venv/run: requirements/run.lock pyproject.toml clients/python/pyproject.toml
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) tools/environment.py .venv
 	@echo "Installing the environment in .venv (once)..."
-	@$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements/run.lock
+	@$(BIN)/python -m pip install --quiet --use-pep517 --require-hashes --requirement requirements/run.lock
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable clients/python --editable .
 	@touch .venv/run
 
 .venv/dev: .venv/run requirements/dev.lock
 	@echo "Installing the development tools in .venv (once)..."
-	@$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements/dev.lock
+	@$(BIN)/python -m pip install --quiet --use-pep517 --require-hashes --requirement requirements/dev.lock
 	@touch .venv/dev

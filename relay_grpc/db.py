@@ -135,7 +135,8 @@ async def _lent(pool: "Pool", patience: float = CONNECT_TIMEOUT) -> AsyncIterato
     """A connection of the pool, had within `patience` seconds.
 
     One that can't be had is a database that does not answer, whatever its words: that it is in maintenance, is not
-    there, or knows no such role. One that did not answer in time is dropped, since taking leave of it would hang too.
+    there, or knows no such role. One that failed is dropped: taking leave of a server that hangs would hang too, and
+    one that was told of a shutdown has not seen its end yet.
     """
     with translated():
         try:
@@ -145,8 +146,9 @@ async def _lent(pool: "Pool", patience: float = CONNECT_TIMEOUT) -> AsyncIterato
             raise errors.DependencyUnavailable("the database does not answer; try again") from error
         try:
             yield connection
-        except TimeoutError:
-            connection.terminate()
+        except (TimeoutError, asyncpg.OperatorInterventionError, errors.DependencyUnavailable):
+            if not is_lost(connection):
+                connection.terminate()
             raise
         finally:
             await pool.release(connection)

@@ -215,10 +215,11 @@ async def test_two_servers_that_sweep_the_same_rows_make_each_attempt_once(relay
     caller.receiver.requests.clear()
     async with serving(relay.settings, relay.url):
         holder = await asyncpg.connect(relay.url)
+        soon = "UPDATE action_executions SET next_attempt_at = now() + interval '0.3 s' WHERE status = 'pending'"
+        await holder.execute(soon)
         async with holder.transaction():
-            await holder.execute("LOCK TABLE action_executions IN EXCLUSIVE MODE")
-            await holder.execute("UPDATE action_executions SET next_attempt_at = now() WHERE status = 'pending'")
-            await asyncio.sleep(0.3)  # both sweepers wait now, and begin at one time
+            await holder.fetch("SELECT FROM action_executions WHERE status = 'pending' FOR UPDATE")
+            await asyncio.sleep(0.5)  # both have looked, and whoever waits for a row begins when the other does
         await holder.close()
         for execution in executions:
             await ended_as(caller, execution.id, SUCCESS)

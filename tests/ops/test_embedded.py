@@ -195,7 +195,7 @@ def test_both_drivers_take_the_url_whatever_the_environment_says(new, monkeypatc
 
     for name in ("PGHOST", "PGPORT", "PGDATA", "PGUSER", "PGDATABASE", "PGOPTIONS", "LC_ALL", "TZ"):
         monkeypatch.setenv(name, "1")
-    broken = new / "libraries" / "libz.so.1"  # the one library of the system that postgres loads besides libc
+    broken = new / "libraries" / "librt.so.1"  # postgres loads it, and no Python does that runs the guard
     broken.parent.mkdir(parents=True)
     broken.touch()
     monkeypatch.setenv("LD_LIBRARY_PATH", str(broken.parent))
