@@ -6,7 +6,7 @@ relay_owner, which owns the tables.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -86,8 +86,18 @@ class Database:
                 pool.terminate()
 
     @asynccontextmanager
-    async def workspace(self, workspace_id: UUID) -> AsyncIterator["Connection"]:
-        """A transaction that sees the rows of one workspace: one round trip to begin, one to commit."""
+    async def workspace(
+        self, workspace_id: UUID, committed: Callable[[], None] = lambda: None
+    ) -> AsyncIterator["Connection"]:
+        """A transaction that sees the rows of one workspace: one round trip to begin, one to commit.
+
+        committed: called as soon as it is. A caller that is cancelled during the commit still learns of its end.
+        """
+
+        async def commit() -> None:
+            await connection.execute("COMMIT")
+            committed()
+
         async with _lent(self._app) as connection:
             try:
                 await connection.execute(f"BEGIN; SET LOCAL relay.workspace_id = '{workspace_id}'")
@@ -98,7 +108,7 @@ class Database:
                 if not is_lost(connection):
                     await connection.execute("ROLLBACK")
                 raise
-            await connection.execute("COMMIT")
+            await _uncancelled(commit())
 
     @asynccontextmanager
     async def anyone(self) -> AsyncIterator["Connection"]:
@@ -120,6 +130,16 @@ class Database:
         except errors.RelayError:
             return False
         return True
+
+
+async def _uncancelled(work: Coroutine[None, None, None]) -> None:
+    """Does the work to its end, and is cancelled only then."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def is_lost(connection: "Connection") -> bool:
@@ -209,6 +229,8 @@ def reason(error: BaseException) -> str:
         return str(error).splitlines()[0]
     if isinstance(error, TimeoutError):
         return "no answer in time"
+    if isinstance(error, ConnectionRefusedError):
+        return "nothing listens there"
     if isinstance(error, OSError):
         return error.strerror or "the connection failed"
     return "the URL is not one of PostgreSQL's"

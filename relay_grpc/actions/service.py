@@ -206,7 +206,7 @@ class ActionsService:
             facts = await store.explain(
                 connection, order.workspace_id, order.caller, order.preview_id, order.idempotency_key
             )
-            if facts["execution_id"] and facts["same_request"]:
+            if facts["execution_id"] and facts["same_request"] and order.digest in ("", facts["digest"]):
                 order.call.target = f"executions/{facts['execution_id']}"
                 earlier = await store.get_execution(connection, order.workspace_id, facts["execution_id"])
                 return messages.execution(earlier, replayed=True)
@@ -227,11 +227,13 @@ def _refusal(order: store.Order, facts: asyncpg.Record) -> errors.RelayError:
     """Why an Execute was not carried out, the most telling reason first."""
     if facts["preview_id"] is None:
         return errors.NotFound("preview", str(order.preview_id))
-    if facts["execution_id"]:
+    if facts["execution_id"] and not facts["same_request"]:
         return errors.FailedPrecondition(
             "this idempotency key belongs to a different request; use a new key for a new request",
             reason="IDEMPOTENCY_KEY_REUSED",
         )
+    if order.digest not in ("", facts["digest"]):
+        return _drifted("digest")
     if facts["used_by"]:
         return errors.FailedPrecondition(
             "this preview was executed already, under another idempotency key; preview again",
@@ -242,22 +244,20 @@ def _refusal(order: store.Order, facts: asyncpg.Record) -> errors.RelayError:
         return errors.FailedPrecondition("this preview has expired; preview again", reason="PREVIEW_EXPIRED")
     if not facts["enabled"]:
         return errors.FailedPrecondition("the connection is disabled", reason="CONNECTION_DISABLED")
-    drifted = [
-        field
-        for field, same in (
-            ("digest", order.digest in ("", facts["digest"])),
-            ("action_version", find(facts["action_type"]).version == facts["action_version"]),
-            ("connection_version", facts["same_connection"]),
-        )
-        if not same
-    ]
-    if drifted:
-        return errors.FailedPrecondition(
-            f"what would run is not what was previewed ({', '.join(drifted)} differs); preview again",
-            reason="PREVIEW_DRIFTED",
-            metadata={"fields": " ".join(drifted)},
-        )
-    return errors.Contention("another call holds this preview; try again")
+    changed = []
+    if find(facts["action_type"]).version != facts["action_version"]:
+        changed.append("action_version")
+    if not facts["same_connection"]:
+        changed.append("connection_version")
+    return _drifted(*changed) if changed else errors.Contention("another call holds this preview; try again")
+
+
+def _drifted(*fields: str) -> errors.FailedPrecondition:
+    return errors.FailedPrecondition(
+        f"what would run is not what was previewed ({', '.join(fields)} differs); preview again",
+        reason="PREVIEW_DRIFTED",
+        metadata={"fields": " ".join(fields)},
+    )
 
 
 def _shown(action: Action, plan: Plan, timeout: float) -> dict[str, Any]:

@@ -44,29 +44,35 @@ class Recorder:
     async def change(self, call: Call) -> AsyncIterator[tuple["Connection", Event]]:
         """A transaction in the caller's workspace whose event commits with it. The body fills in the target."""
         event = of_call(call)
-        async with self._db.workspace(call.workspace_id) as connection:
+
+        def committed() -> None:
+            call.recorded = True
+            self._metrics.audit_events.labels(event.status).inc()
+
+        async with self._db.workspace(call.workspace_id, committed) as connection:
             yield connection, event
             await store.insert(connection, [event])
-        call.recorded = True
-        self._metrics.audit_events.labels(event.status).inc()
 
     async def write(self, event: Event) -> None:
-        """Writes an event in a transaction of its own."""
-        async with self._db.workspace(event.workspace_id) as connection:
-            await store.insert(connection, [event])
-        self._metrics.audit_events.labels(event.status).inc()
+        """Writes an event in a transaction of its own, to the end even when its caller goes away meanwhile."""
+        await asyncio.shield(self.write_later(event))
 
-    def write_later(self, event: Event) -> None:
+    def write_later(self, event: Event) -> "asyncio.Task[None]":
         """Writes an event whose call can't wait for it: its caller went away."""
-        task = asyncio.create_task(self._write_or_log(event))
+        task = asyncio.create_task(self._write(event))
         self._late.add(task)
         task.add_done_callback(self._late.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # logged, and seen where awaited
+        return task
 
-    async def _write_or_log(self, event: Event) -> None:
+    async def _write(self, event: Event) -> None:
         try:
-            await self.write(event)
+            async with self._db.workspace(event.workspace_id) as connection:
+                await store.insert(connection, [event])
         except errors.RelayError:
             log.exception("an audit event could not be written: %s %s %s", event.action, event.status, event.reason)
+            raise
+        self._metrics.audit_events.labels(event.status).inc()
 
     def count(self, event: Event) -> None:
         """Counts a refusal with its likes of this minute."""

@@ -29,7 +29,7 @@ def status(method: Method, handler: "Handler") -> "Handler":
         except errors.RelayError as error:
             call.code = error.code
             if error.code == "UNAVAILABLE":
-                log.warning("%s %s: %s", call.request_id, method.name, error, exc_info=error.__cause__)
+                log.warning("%s %s: %s (%r)", call.request_id, method.name, error, error.__cause__)
             call.failure = _status(call, error.code, error.message, error.reason, _details(error), error.metadata)
         except asyncio.CancelledError:
             call.code = "CANCELLED"

@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from uuid import uuid4
 
@@ -14,8 +15,7 @@ from relay.v1 import actions_pb2
 from tests.actions.caller import Caller, answer, eventually, held, received
 from tests.harness import Relay
 
-SWEEP = 60  # executions
-SWEEP_SECONDS = 0.015  # the latest cancellation; an execution takes about as long
+SWEEP = 60  # calls
 
 
 @asynccontextmanager
@@ -42,6 +42,22 @@ async def events(relay: Relay, request_id: str) -> list[tuple[str, str]]:
     await eventually(lambda: relay.sql(logged))
     await asyncio.sleep(0.05)  # a second event would be a defect
     return [tuple(row) for row in await relay.sql(logged)]
+
+
+async def seconds(work: Callable[[], Awaitable[object]]) -> float:
+    """How long it takes, which is when to interrupt its like."""
+    started = time.monotonic()
+    await work()
+    return time.monotonic() - started
+
+
+def moments(took: float) -> Iterator[float]:
+    """When to interrupt what takes so long: at once, long after its end, and in between, alike in every run."""
+    yield 0.0
+    yield 20 * took
+    chance = random.Random(4711)
+    while True:
+        yield chance.uniform(0, 2 * took)
 
 
 async def used_by(relay: Relay, preview: actions_pb2.Preview) -> object:
@@ -119,22 +135,42 @@ async def test_a_caller_that_leaves_during_the_delivery_does_not_stop_it(
     await assert_happened_once(caller, preview, f"leaves-by-{way}")
 
 
+async def test_cancelled_while_its_refusal_is_written_down_it_has_an_event(relay: Relay, caller: Caller) -> None:
+    await relay.sql("UPDATE connections SET enabled = false WHERE id = $1", caller.connection.id)
+    request = actions_pb2.PreviewRequest(
+        action="webhook.send", connection_id=caller.connection.id, parameters={"payload": {}}
+    )
+    holder = await asyncpg.connect(relay.url)
+    try:
+        async with holder.transaction():
+            await holder.execute("LOCK TABLE audit_logs IN SHARE ROW EXCLUSIVE MODE")
+            call = caller.stub.Preview(request, metadata=(*caller.metadata, ("x-request-id", "refused")))
+            await blocked(relay)
+            call.cancel()
+            await asyncio.sleep(0.05)
+    finally:
+        await holder.close()
+    assert [status for status, _ in await events(relay, "refused")] == ["failed"]
+
+
 async def test_at_whatever_moment_the_caller_leaves_it_happened_once_or_not_at_all(
     relay: Relay, caller: Caller
 ) -> None:
-    moments = random.Random(4711)  # the same moments in every run
-    previews = [await caller.preview() for _ in range(SWEEP)]
+    warm, timed, *previews = [await caller.preview() for _ in range(SWEEP)]
+    await answer(caller.call(warm))
+    after = moments(await seconds(lambda: answer(caller.call(timed))))
     request_ids = [f"sweep-{uuid4()}" for _ in previews]
+    caller.receiver.requests.clear()
 
-    async def leave(preview: actions_pb2.Preview, request_id: str, after: float) -> None:
+    async def leave(preview: actions_pb2.Preview, request_id: str) -> None:
         call = caller.call(preview, request_id=request_id)
-        await asyncio.sleep(after)
+        await asyncio.sleep(next(after))
         call.cancel()
 
     for start in range(0, SWEEP, 4):
         await asyncio.gather(
             *(
-                leave(preview, request_id, moments.uniform(0, SWEEP_SECONDS))
+                leave(preview, request_id)
                 for preview, request_id in zip(previews[start : start + 4], request_ids[start : start + 4], strict=True)
             )
         )
@@ -144,7 +180,7 @@ async def test_at_whatever_moment_the_caller_leaves_it_happened_once_or_not_at_a
         assert (await caller.ended(str(row["id"]))).state == actions_pb2.EXECUTION_STATE_SUCCESS
         assert await caller.attempts(str(row["id"])) == ["success"]
     assert sorted(caller.receiver.ids()) == sorted(str(row["id"]) for row in rows)
-    assert 0 < len(rows) < SWEEP, "all of them ended alike: move SWEEP_SECONDS"
+    assert 0 < len(rows) < len(previews), "all of them ended alike"
     by_preview = {str(row["preview_id"]): row["id"] for row in rows}
     for preview in previews:
         assert await used_by(relay, preview) == by_preview.get(preview.id)
@@ -154,3 +190,28 @@ async def test_at_whatever_moment_the_caller_leaves_it_happened_once_or_not_at_a
     )
     assert len({row["request_id"] for row in logged}) == len(logged), "a call has two events"
     assert {row["target"].removeprefix("executions/") for row in logged if row["status"] == "success"} == executed
+
+
+async def test_at_whatever_moment_a_change_is_cancelled_it_has_one_event_that_is_true(
+    relay: Relay, caller: Caller
+) -> None:
+    request = actions_pb2.PreviewRequest(
+        action="webhook.send", connection_id=caller.connection.id, parameters={"payload": {}}
+    )
+    await caller.preview()
+    after = moments(await seconds(lambda: answer(caller.stub.Preview(request, metadata=caller.metadata))))
+    before = await relay.sql("SELECT id FROM previews")
+    request_ids = [f"change-{uuid4()}" for _ in range(SWEEP)]
+    for request_id in request_ids:
+        call = caller.stub.Preview(request, metadata=(*caller.metadata, ("x-request-id", request_id)))
+        await asyncio.sleep(next(after))
+        call.cancel()
+    await relay.sql("SELECT pg_sleep(0.2)")
+    logged = await relay.sql(
+        "SELECT request_id, status, target FROM audit_logs WHERE request_id = ANY($1)", request_ids
+    )
+    assert len({row["request_id"] for row in logged}) == len(logged), "a call has two events"
+    made = {f"previews/{row['id']}" for row in await relay.sql("SELECT id FROM previews")}
+    made -= {f"previews/{row['id']}" for row in before}
+    assert {row["target"] for row in logged if row["status"] == "success"} == made
+    assert 0 < len(made) < SWEEP, "all of them ended alike"

@@ -259,6 +259,9 @@ async def test_a_wrong_digest_is_refused_and_leaves_the_preview_and_the_key(call
         await caller.execute(preview, "digest", digest="0" * 64)
     assert (refusal.value.reason, refusal.value.metadata["fields"]) == ("PREVIEW_DRIFTED", "digest")
     assert not (await caller.execute(preview, "digest")).replayed
+    with pytest.raises(errors.FailedPrecondition) as refusal:  # a replay confirms no more than was shown either
+        await caller.execute(preview, "digest", digest="0" * 64)
+    assert (refusal.value.reason, refusal.value.metadata["fields"]) == ("PREVIEW_DRIFTED", "digest")
 
 
 async def test_no_server_previews_or_executes_where_actions_are_switched_off(
