@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -124,7 +126,7 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
             lease=settings.lease,
             sweep_interval=settings.sweep_interval,
         )
-        stack.push_async_callback(dispatcher.stop, settings.shutdown_grace)
+        stack.push_async_callback(dispatcher.stop, 0)
 
         # Outermost first.
         layers: list[Layer] = [
@@ -160,8 +162,18 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
             reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         listen = _listen(server, settings)
 
+        stopping = asyncio.Event()
+
         async def ready() -> Mapping[str, bool]:
-            return {"postgres": await db.answers()}
+            return {"serving": not stopping.is_set(), "postgres": await db.answers()}
+
+        async def stop_serving() -> None:
+            """Calls and attempts under way share one grace: what the calls leave of it is the attempts'."""
+            stopping.set()
+            await health_servicer.enter_graceful_shutdown()
+            started = time.monotonic()
+            await server.stop(settings.shutdown_grace)
+            await dispatcher.stop(max(0.0, settings.shutdown_grace - (time.monotonic() - started)))
 
         sidecar = Sidecar(
             settings.http_listen.host,
@@ -175,8 +187,7 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
             raise StartError(_taken("RELAY_HTTP_LISTEN", settings.http_listen)) from error
         stack.push_async_callback(sidecar.stop)
         await server.start()
-        stack.push_async_callback(server.stop, settings.shutdown_grace)
-        stack.push_async_callback(health_servicer.enter_graceful_shutdown)
+        stack.push_async_callback(stop_serving)
         housekeeping = asyncio.create_task(
             _housekeeping(db, verifier, recorder, limiter, metrics, health_servicer, services)
         )
@@ -245,17 +256,26 @@ def _add_health(server: grpc.aio.Server) -> Health:
 def _listen(server: grpc.aio.Server, settings: Settings) -> Address:
     try:
         if settings.tls_certificate and settings.tls_key:
-            credentials = grpc.ssl_server_credentials(
-                [(settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())],
-                root_certificates=settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None,
-                require_client_auth=settings.tls_client_ca is not None,
+            port = server.add_secure_port(
+                str(settings.listen), _tls(settings, settings.tls_certificate, settings.tls_key)
             )
-            port = server.add_secure_port(str(settings.listen), credentials)
         else:
             port = server.add_insecure_port(str(settings.listen))
     except RuntimeError as error:
-        raise StartError(_taken("RELAY_LISTEN", settings.listen)) from error
+        tls = "; or RELAY_TLS_CERTIFICATE and RELAY_TLS_KEY are no pair of PEM files" if settings.tls_key else ""
+        raise StartError(_taken("RELAY_LISTEN", settings.listen) + tls) from error
     return Address(host=settings.listen.host, port=port)
+
+
+def _tls(settings: Settings, certificate: Path, key: Path) -> grpc.ServerCredentials:
+    try:
+        return grpc.ssl_server_credentials(
+            [(key.read_bytes(), certificate.read_bytes())],
+            root_certificates=settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None,
+            require_client_auth=settings.tls_client_ca is not None,
+        )
+    except OSError as error:
+        raise StartError(f"RELAY_TLS_...: can't read {error.filename}: {error.strerror}") from error
 
 
 def _taken(name: str, address: Address) -> str:

@@ -22,7 +22,7 @@ from relay_grpc.settings import Settings
 if TYPE_CHECKING:
     from relay_grpc.db import Connection
 
-WEBHOOK_CONNECTION = "default"
+WEBHOOK_CONNECTION = "WEBHOOK_URL"
 ROLES = ("admin", "developer")
 
 
@@ -107,7 +107,7 @@ async def _default_connection(
     vault = Vault({key.id: key.key for key in settings.encryption_keys})
     configuration = {"url": url, "body_signature": True}
     row = await connection.fetchrow(
-        "SELECT id, configuration FROM connections WHERE workspace_id = $1 AND name = $2",
+        "SELECT id, configuration, is_default FROM connections WHERE workspace_id = $1 AND name = $2",
         workspace_id,
         WEBHOOK_CONNECTION,
     )
@@ -125,8 +125,13 @@ async def _default_connection(
         return
     else:
         await connection.execute("DELETE FROM connection_secrets WHERE connection_id = $1", row["id"])
+        await connection.execute("UPDATE connections SET is_default = false WHERE workspace_id = $1", workspace_id)
         await connection.execute(
-            "UPDATE connections SET configuration = $2, version = version + 1, updated_at = now() WHERE id = $1",
+            """
+            UPDATE connections
+               SET configuration = $2, is_default = true, version = version + 1, updated_at = now()
+             WHERE id = $1
+            """,
             row["id"],
             json.dumps(configuration),
         )
@@ -146,7 +151,7 @@ async def _is_up_to_date(
     configuration: Mapping[str, Any],
     secret: bytes,
 ) -> bool:
-    if json.loads(target["configuration"]) != configuration:
+    if json.loads(target["configuration"]) != configuration or not target["is_default"]:
         return False
     rows = await connection.fetch("SELECT * FROM connection_secrets WHERE connection_id = $1", target["id"])
     try:

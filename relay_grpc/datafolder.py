@@ -20,20 +20,36 @@ CREDENTIALS = "credentials.env"
 def new_key_material() -> dict[str, str]:
     """Fresh values for the settings that hold keys."""
     encryption_key = base64.b64encode(secrets.token_bytes(32)).decode()
-    return {"RELAY_ENCRYPTION_KEYS": f"k1:{encryption_key}", "RELAY_HASH_KEY": secrets.token_urlsafe(32)}
+    return {
+        "RELAY_ENCRYPTION_KEYS": f"k{secrets.token_hex(3)}:{encryption_key}",
+        "RELAY_HASH_KEY": secrets.token_urlsafe(32),
+    }
+
+
+class DataFolderError(Exception):
+    """The data folder can't be used; the text tells the operator why."""
 
 
 def with_key_material(settings: Settings) -> Settings:
-    """The settings with the key material they lack taken from the data folder, made there on the first start."""
+    """The settings with the key material they lack taken from the data folder, made there on the first start.
+
+    Raises DataFolderError.
+    """
     path = settings.data_dir / KEY_MATERIAL
-    kept = read(path)
-    if kept is None:
-        kept = new_key_material()
-        write(path, kept)
+    try:
+        kept = read(path)
+        if kept is None:
+            kept = new_key_material()
+            write(path, kept)
+        encryption_key, hash_key = EncryptionKey.parse(kept["RELAY_ENCRYPTION_KEYS"]), kept["RELAY_HASH_KEY"]
+    except OSError as error:
+        raise DataFolderError(f"can't use {error.filename or path}: {error.strerror}") from error
+    except (KeyError, ValueError) as error:
+        raise DataFolderError(f"{path} is damaged, and secrets can't be read without it: restore it") from error
     return settings.model_copy(
         update={
-            "encryption_keys": settings.encryption_keys or (EncryptionKey.parse(kept["RELAY_ENCRYPTION_KEYS"]),),
-            "hash_key": settings.hash_key or SecretStr(kept["RELAY_HASH_KEY"]),
+            "encryption_keys": settings.encryption_keys or (encryption_key,),
+            "hash_key": settings.hash_key or SecretStr(hash_key),
         }
     )
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 APP, WORKER, OWNER = "relay_app", "relay_worker", "relay_owner"
 SCHEMA_REVISION = "0001"
+POOLS = ((APP, 10), (WORKER, 4), (APP, 1))  # the most connections: for requests, for workers, for the look at health
 CONNECT_TIMEOUT = 5.0  # seconds
 COMMAND_TIMEOUT = 10.0  # seconds; asyncpg's default is to wait for ever
 
@@ -46,7 +47,7 @@ def translated() -> Iterator[None]:
         asyncpg.PostgresConnectionError,
         asyncpg.OperatorInterventionError,
         asyncpg.InsufficientResourcesError,
-        asyncpg.QueryCanceledError,
+        asyncpg.ReadOnlySQLTransactionError,
     ) as error:
         raise errors.DependencyUnavailable("the database does not answer; try again") from error
 
@@ -54,21 +55,20 @@ def translated() -> Iterator[None]:
 class Database:
     """The pools of one process. Open it with `open`, and close it."""
 
-    def __init__(self, app: "Pool", worker: "Pool") -> None:
+    def __init__(self, app: "Pool", worker: "Pool", probe: "Pool") -> None:
         self._app = app
         self._worker = worker
+        self._probe = probe  # apart, so that a busy database does not pass for a dead one
 
     @classmethod
-    async def open(cls, url: str, *, production: bool = False, size: int = 10) -> "Database":
-        """Connects and looks the database over.
-
-        size: the most connections for requests; the workers take 4 more. Raises DatabaseUnusable.
-        """
+    async def open(cls, url: str, *, production: bool = False) -> "Database":
+        """Connects and looks the database over. Raises DatabaseUnusable."""
         try:
             async with AsyncExitStack() as undo:
-                database = cls(await _pool(url, APP, size, undo), await _pool(url, WORKER, 4, undo))
-                async with database._app.acquire() as connection:
-                    await _check(connection, production=production)
+                database = cls(*[await _pool(url, role, most, undo) for role, most in POOLS])
+                for pool in (database._app, database._worker):
+                    async with pool.acquire() as connection:
+                        await _check(connection, production=production)
                 undo.pop_all()
         except asyncpg.InvalidParameterValueError as error:  # SET ROLE to a role that is not there
             raise DatabaseUnusable("the database has no Relay in it: run `relay migrate`") from error
@@ -78,7 +78,7 @@ class Database:
 
     async def close(self) -> None:
         """Waits 5 s for what is under way, then cuts the connections."""
-        for pool in (self._app, self._worker):
+        for pool in (self._app, self._worker, self._probe):
             try:
                 async with asyncio.timeout(5):
                     await pool.close()
@@ -125,7 +125,7 @@ class Database:
     async def answers(self) -> bool:
         """Whether the database serves right now, found out within 2 seconds."""
         try:
-            async with _lent(self._app, patience=1) as connection:
+            async with _lent(self._probe, patience=1) as connection:
                 await connection.execute("SELECT", timeout=1)
         except errors.RelayError:
             return False
@@ -139,6 +139,8 @@ async def _uncancelled(work: Coroutine[None, None, None]) -> None:
         await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen: the caller is told of its cancellation instead
         raise
 
 
@@ -200,7 +202,8 @@ async def _pool(url: str, role: str, most: int, undo: AsyncExitStack) -> "Pool":
 async def _check(connection: "Connection", *, production: bool) -> None:
     row = await connection.fetchrow(
         """
-        SELECT current_setting('server_version_num')::int AS version,
+        SELECT current_user AS role,
+               current_setting('server_version_num')::int AS version,
                current_setting('synchronous_commit') AS synchronous_commit,
                rolsuper OR rolbypassrls AS unbound,
                pg_has_role(current_user, $1, 'USAGE') AS owner,
@@ -213,7 +216,9 @@ async def _check(connection: "Connection", *, production: bool) -> None:
     if row["version"] < 150000:
         raise DatabaseUnusable("Relay needs PostgreSQL 15 or later")
     if row["unbound"] or row["owner"]:
-        raise DatabaseUnusable(f"the role {APP} may bypass row level security: take SUPERUSER, BYPASSRLS, {OWNER} away")
+        raise DatabaseUnusable(
+            f"the role {row['role']} can bypass row level security: take SUPERUSER, BYPASSRLS, {OWNER} away"
+        )
     if production and row["synchronous_commit"] == "off":
         raise DatabaseUnusable("synchronous_commit is off: an answered Execute could be lost; set it to on")
     revision = await connection.fetchval("SELECT version_num FROM alembic_version") if row["migrated"] else "none"

@@ -10,6 +10,9 @@ from typing import ClassVar
 
 from relay.v1 import errors_pb2
 
+MAX_VIOLATIONS = 10
+MAX_TEXT = 160  # characters
+
 
 class RelayError(Exception):
     """An error that a client may see.
@@ -46,8 +49,10 @@ class InvalidRequest(RelayError):
     reason = "INVALID_REQUEST"
 
     def __init__(self, violations: Sequence[tuple[str, str]], *, reason: str | None = None) -> None:
-        super().__init__("; ".join(f"{field}: {problem}" for field, problem in violations), reason=reason)
-        self.violations = tuple(violations)
+        # All of it travels twice in the trailers, which hold 8 KiB.
+        kept = [(field[:MAX_TEXT], problem[:MAX_TEXT]) for field, problem in violations[:MAX_VIOLATIONS]]
+        super().__init__("; ".join(f"{field}: {problem}" for field, problem in kept)[: 5 * MAX_TEXT], reason=reason)
+        self.violations = tuple(kept)
 
 
 class Unauthenticated(RelayError):

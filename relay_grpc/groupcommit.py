@@ -1,7 +1,7 @@
 """Group commit: whatever arrived while the last statement ran goes out together in the next one.
 
-There is no timer. Alone, an item goes out at once; under load batches form by themselves (performance.md section 5 has
-the measurements: 2 to 5 times the throughput of a transaction each).
+There is no timer. Alone, an item goes out at once; under load batches form by themselves: 2 to 5 times
+the throughput of a transaction each.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Every environment variable that Relay reads, with its default and its bounds; nothing else reads the environment.
 
-`load` reports all problems together, so that an operator fixes them in one go. docs/settings.md is generated from here.
+`load` reports all problems together, so that an operator fixes them in one go. docs/reference.md tells them all.
 """
 
 import base64
@@ -131,7 +131,8 @@ class Settings(BaseModel):
     actions_enabled: bool | None = Field(
         None,
         alias="ACTIONS_ENABLED",
-        description="Whether actions are previewed and executed. Unset: in development alone.",
+        description="Whether actions are previewed and executed; retries of what was executed go on. "
+        "Unset: in development alone.",
     )
     webhook_url: str | None = Field(
         None,
@@ -160,7 +161,8 @@ class Settings(BaseModel):
     data_dir: Path = Field(
         default_factory=lambda: Path(platformdirs.user_data_dir("relay", appauthor=False)),
         alias="RELAY_DATA_DIR",
-        description="Where a development start keeps its database and keys. Unset: relay in the XDG data home.",
+        description="Where a development start keeps its database and keys. Unset: relay in the user's data folder, "
+        "on Linux the XDG data home.",
     )
     listen: Listen = Field(
         Address(host="127.0.0.1", port=50051), alias="RELAY_LISTEN", description="Where gRPC is served."
@@ -236,6 +238,8 @@ class Settings(BaseModel):
         problems = []
         if bool(self.webhook_url) != bool(self.actions_signing_secret):
             problems.append("WEBHOOK_URL and ACTIONS_SIGNING_SECRET: set both or neither")
+        if len({key.id for key in self.encryption_keys}) < len(self.encryption_keys):
+            problems.append("RELAY_ENCRYPTION_KEYS: two keys have the same id")
         if self.lease < 3 * self.attempt_timeout:
             problems.append("RELAY_LEASE: must be at least 3 times RELAY_ATTEMPT_TIMEOUT")
         if self.otel_enabled and not self.otel_endpoint:
@@ -257,6 +261,8 @@ class Settings(BaseModel):
         problems = []
         if not self.database_url:
             problems.append("DATABASE_URL: RELAY_ENV=production does not run on the embedded database")
+        if self.webhook_url and not self.webhook_url.startswith("https://"):
+            problems.append("WEBHOOK_URL: production delivers to https:// alone")
         if not self.encryption_keys:
             problems.append("RELAY_ENCRYPTION_KEYS: production needs one; `relay keygen` makes it")
         if not self.hash_key:

@@ -22,7 +22,7 @@ ROLES = (
     "GRANT relay_owner, relay_app, relay_worker TO CURRENT_USER",
     "GRANT USAGE, CREATE ON SCHEMA public TO relay_owner",
     "GRANT USAGE ON SCHEMA public TO relay_app, relay_worker",
-    "GRANT SELECT ON alembic_version TO relay_app",
+    "GRANT SELECT ON alembic_version TO relay_app, relay_worker",
     "SET LOCAL ROLE relay_owner",
 )
 
@@ -233,7 +233,7 @@ SECURITY = (
         )
     ),
     "CREATE POLICY worker ON audit_logs FOR INSERT TO relay_worker WITH CHECK (true)",
-    "GRANT SELECT (id), UPDATE (last_used_at) ON api_keys TO relay_worker",
+    "GRANT SELECT (id, last_used_at), UPDATE (last_used_at) ON api_keys TO relay_worker",
     "GRANT SELECT ON connections, connection_secrets, previews, execution_attempts TO relay_worker",
     "GRANT UPDATE (execution_id) ON previews TO relay_worker",
     "GRANT SELECT, INSERT, UPDATE ON action_executions TO relay_worker",

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MAX_RUNNING = 256
 SWEEP_BATCH = 50
+INTERRUPTED = AttemptResult(
+    Outcome.INTERRUPTED, error="the instance that ran it stopped or lost its lease; it may have been delivered"
+)
 
 
 class Dispatcher:
@@ -50,8 +53,8 @@ class Dispatcher:
         actions: Sequence[Action],
         metrics: Metrics,
         *,
-        lease: float = 45.0,
-        sweep_interval: float = 1.0,
+        lease: float,
+        sweep_interval: float,
     ) -> None:
         self._db = db
         self._vault = vault
@@ -128,16 +131,30 @@ class Dispatcher:
     async def _run(self, row: asyncpg.Record) -> asyncpg.Record | None:
         """One attempt, recorded. None: another worker has taken over or will."""
         started = time.monotonic()
-        async with self._slots:
-            if time.monotonic() - started > self._lease / 3:
-                return None  # too little of the lease is left to end in time: it is swept up
+        try:
+            async with asyncio.timeout(self._lease / 3):  # enough of the lease is left then to end in time
+                await self._slots.acquire()
+        except TimeoutError:
+            async with self._db.worker() as connection:
+                await store.hand_back(connection, row["id"], row["lease_token"])
+            return None
+        try:
             with self._metrics.executions_in_flight.track_inprogress():
                 result = await self._attempt(row)
+        finally:
+            self._slots.release()
+        completed = await self._record(row, result, started)
+        if completed is not None and row["attempt_count"] == 1:
+            took = time.monotonic() - started
+            self._metrics.action_duration.labels(row["provider"], row["action_type"]).observe(took)
+        return completed
+
+    async def _record(self, row: asyncpg.Record, result: AttemptResult, started: float) -> asyncpg.Record | None:
+        """Writes down how an attempt ended, and what follows. None: the lease was lost."""
         self._metrics.attempts.labels(row["provider"], result.outcome).inc()
         transition = after(result, row["attempt_count"], random.uniform(-1, 1))  # noqa: S311  # jitter
-        completion = store.Completion(
-            row["id"], row["lease_token"], result, transition, _attempt_event(row, result, time.monotonic() - started)
-        )
+        logged = _attempt_event(row, result, time.monotonic() - started)
+        completion = store.Completion(row["id"], row["lease_token"], result, transition, logged)
         completed = None
         while time.monotonic() - started < self._lease:
             try:
@@ -148,10 +165,7 @@ class Dispatcher:
         if completed is None:
             log.warning("the outcome of execution %s came after its lease: %s", row["id"], result.outcome)
             return None
-        if row["attempt_count"] == 1:
-            self._metrics.action_duration.labels(row["provider"], row["action_type"]).observe(
-                time.monotonic() - started
-            )
+        self._metrics.audit_events.labels(logged.status).inc()
         if transition.state is not State.PENDING:
             self._metrics.executions.labels(row["provider"], row["action_type"], transition.state).inc()
         return completed
@@ -193,6 +207,7 @@ class Dispatcher:
     async def _sweep(self) -> None:
         while True:
             try:
+                await self._take_over()
                 if not await self._claim():
                     await asyncio.sleep(self._sweep_interval)
             except errors.DependencyUnavailable:
@@ -200,6 +215,12 @@ class Dispatcher:
             except Exception:
                 log.exception("the sweeper stumbled")
                 await asyncio.sleep(self._sweep_interval)
+
+    async def _take_over(self) -> None:
+        """Ends the attempts whose worker is gone, which makes their executions due again."""
+        async with self._db.worker() as connection:
+            rows = await store.list_lapsed(connection, SWEEP_BATCH)
+        await asyncio.gather(*(self._record(row, INTERRUPTED, time.monotonic()) for row in rows))
 
     async def _claim(self) -> bool:
         """Starts what is due, no more than can run at once; whether there may be more."""
@@ -209,10 +230,7 @@ class Dispatcher:
         async with self._db.worker() as connection:
             rows = await store.claim(connection, uuid4(), timedelta(seconds=self._lease), free)
         for row in rows:
-            if row["status"] == State.EXECUTING:
-                self._start(row)
-            else:
-                self._metrics.executions.labels(row["provider"], row["action_type"], State(row["status"])).inc()
+            self._start(row)
         return len(rows) == free
 
 

@@ -93,4 +93,6 @@ def after(result: AttemptResult, attempt: int, jitter: float) -> Transition:
         return Transition(State.SUCCESS)
     if attempt >= MAX_ATTEMPTS or result.status_code == GONE:
         return Transition(State.FAILED)
+    if result.outcome is Outcome.INTERRUPTED:
+        return Transition(State.PENDING)  # the receiver is not to blame
     return Transition(State.PENDING, RETRY_SCHEDULE[attempt - 1] * (1 + JITTER * jitter))

@@ -1,7 +1,6 @@
 """Rows and values of this package as messages of relay.v1.actions. No I/O."""
 
 import json
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -98,12 +97,6 @@ def attempt(row: Row) -> actions_pb2.Attempt:
 def state_word(state: int) -> str:
     """The word that Postgres knows an ExecutionState by."""
     return actions_pb2.ExecutionState.Name(state).removeprefix("EXECUTION_STATE_").lower()
-
-
-def configuration(text: str) -> Mapping[str, Any]:
-    """A connection's configuration from its column."""
-    value: Mapping[str, Any] = json.loads(text)
-    return value
 
 
 def plain(struct: struct_pb2.Struct) -> dict[str, Any]:

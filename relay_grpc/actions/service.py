@@ -1,5 +1,6 @@
 """ActionsService: preview, execute, and looking at what became of it."""
 
+import json
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -65,7 +66,11 @@ class ActionsService:
         canonical = action.canonical(parameters)
         target = await self._connection_for(request.connection_id, action, call)
         provider = self._providers[action.provider]
-        plan = await provider.plan(action.name, parameters, messages.configuration(target["configuration"]))
+        try:
+            plan = await provider.plan(action.name, parameters, json.loads(target["configuration"]))
+        except errors.InvalidRequest as error:  # of the connection's fields, which this request does not have
+            problems = [("connection_id", problem) for _, problem in error.violations]
+            raise errors.InvalidRequest(problems, reason=error.reason) from error
         caller = call.principal.caller
         async with self._recorder.change(call) as (connection, event):
             row = await store.insert_preview(

@@ -1,7 +1,7 @@
 """Previews, executions and attempts in Postgres. Connection first.
 
-The reads and `insert_preview` run in the caller's workspace transaction. `commit`, `complete` and `claim` are one
-statement each, over many rows and workspaces, as relay_worker.
+The reads and `insert_preview` run in the caller's workspace transaction. The others work on many
+rows and workspaces in one statement each, as relay_worker.
 """
 
 import json
@@ -14,7 +14,7 @@ from uuid import UUID
 import asyncpg
 
 from relay_grpc.actions.catalogue import Action
-from relay_grpc.actions.execution import MAX_ATTEMPTS, AttemptResult, Transition
+from relay_grpc.actions.execution import AttemptResult, Transition
 from relay_grpc.audit.event import COLUMNS, Event, as_json
 from relay_grpc.call import Call
 
@@ -265,37 +265,29 @@ async def complete(connection: "Connection", completions: Sequence[Completion]) 
     return {row["event_id"]: row for row in rows}
 
 
-async def claim(connection: "Connection", lease_token: UUID, lease: timedelta, limit: int) -> list[asyncpg.Record]:
-    """Leases executions that are due, or whose worker lost its lease, and counts the attempt. Returns rows to run.
+async def list_lapsed(connection: "Connection", limit: int) -> list[asyncpg.Record]:
+    """Executions whose worker let its lease run out. Whoever completes them is fenced by the token they still have."""
+    return await connection.fetch(
+        """
+        SELECT id, workspace_id, provider, action_type, traceparent, attempt_count, lease_token
+          FROM action_executions WHERE status = 'executing' AND lease_until <= now()
+         ORDER BY lease_until LIMIT $1
+        """,
+        limit,
+    )
 
-    A lost lease leaves an interrupted attempt behind. One that was the last ends the execution as failed: the row comes
-    back with that status and is not to be run.
-    """
+
+async def claim(connection: "Connection", lease_token: UUID, lease: timedelta, limit: int) -> list[asyncpg.Record]:
+    """Leases executions that are due and counts the attempt. Returns rows to run."""
     return await connection.fetch(
         f"""
         WITH due AS (
-          SELECT id, status = 'executing' AS interrupted FROM action_executions
-           WHERE status = 'pending' AND next_attempt_at <= now() OR status = 'executing' AND lease_until <= now()
-           ORDER BY coalesce(next_attempt_at, lease_until) LIMIT $3
-             FOR UPDATE SKIP LOCKED
-        ), interrupted AS (
-          INSERT INTO execution_attempts
-            (execution_id, number, workspace_id, started_at, outcome, status_code, response_excerpt, error)
-          SELECT e.id, e.attempt_count, e.workspace_id, e.attempt_started_at, 'interrupted', 0, '',
-                 'the instance that ran it stopped; it may have been delivered'
-            FROM action_executions e JOIN due USING (id) WHERE due.interrupted
+          SELECT id FROM action_executions WHERE status = 'pending' AND next_attempt_at <= now()
+           ORDER BY next_attempt_at LIMIT $3 FOR UPDATE SKIP LOCKED
         ), claimed AS (
           UPDATE action_executions e
-             SET (status, attempt_count, attempt_started_at, lease_token, lease_until, completed_at,
-                  next_attempt_at) = (
-                   SELECT CASE WHEN last THEN 'failed' ELSE 'executing' END::execution_state,
-                          CASE WHEN last THEN e.attempt_count ELSE e.attempt_count + 1 END,
-                          CASE WHEN last THEN e.attempt_started_at ELSE now() END,
-                          CASE WHEN NOT last THEN $1::uuid END,
-                          CASE WHEN NOT last THEN now() + $2::interval END,
-                          CASE WHEN last THEN now() END,
-                          NULL::timestamptz
-                     FROM (SELECT e.attempt_count >= $4 AS last) l)
+             SET status = 'executing', attempt_count = e.attempt_count + 1, attempt_started_at = now(),
+                 lease_token = $1, lease_until = now() + $2::interval, next_attempt_at = NULL
             FROM due WHERE due.id = e.id
           RETURNING {_EXECUTION}, e.workspace_id, e.parameters, e.traceparent, e.lease_token
         )
@@ -304,7 +296,20 @@ async def claim(connection: "Connection", lease_token: UUID, lease: timedelta, l
         lease_token,
         lease,
         limit,
-        MAX_ATTEMPTS,
+    )
+
+
+async def hand_back(connection: "Connection", execution_id: UUID, lease_token: UUID) -> None:
+    """Gives up a lease under which nothing was sent: the attempt does not count, and is due again."""
+    await connection.execute(
+        """
+        UPDATE action_executions
+           SET status = 'pending', attempt_count = attempt_count - 1, lease_token = NULL, lease_until = NULL,
+               next_attempt_at = now()
+         WHERE id = $1 AND lease_token = $2 AND status = 'executing'
+        """,
+        execution_id,
+        lease_token,
     )
 
 

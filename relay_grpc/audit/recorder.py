@@ -70,7 +70,7 @@ class Recorder:
             async with self._db.workspace(event.workspace_id) as connection:
                 await store.insert(connection, [event])
         except errors.RelayError:
-            log.exception("an audit event could not be written: %s %s %s", event.action, event.status, event.reason)
+            log.error("an audit event could not be written: %s %s %s", event.action, event.status, event.reason)
             raise
         self._metrics.audit_events.labels(event.status).inc()
 
@@ -106,4 +106,4 @@ class Recorder:
         try:
             await self.flush(everything=True)
         except errors.RelayError:
-            log.exception("%d counted refusals could not be written", len(self._refusals))
+            log.error("%d counted refusals could not be written", len(self._refusals))

@@ -50,6 +50,13 @@ class AuthService:
                 reason="CEILING_EXCEEDED",
                 metadata={"missing_scopes": " ".join(sorted(beyond))},
             )
+        expires_at = request.expire_time.ToDatetime(UTC) if request.HasField("expire_time") else None
+        ends = call.principal.expires_at
+        if ends is not None and (expires_at is None or expires_at > ends):
+            raise errors.PermissionDenied(
+                f"a key can't outlive its maker, which expires at {ends.isoformat()}: give an expire_time until then",
+                reason="CEILING_EXCEEDED",
+            )
         key = keys.generate(live=self._live)
         key_hash = await self._verifier.hash(key.text)
         async with self._recorder.change(call) as (connection, event):
@@ -63,7 +70,7 @@ class AuthService:
                 role=request.role,
                 scopes=sorted(request.scopes),
                 created_by=call.principal.id,
-                expires_at=request.expire_time.ToDatetime(UTC) if request.HasField("expire_time") else None,
+                expires_at=expires_at,
             )
             event.target = f"apiKeys/{row['id']}"
         message = key_message(row)
@@ -83,12 +90,14 @@ class AuthService:
         return auth_pb2.ListApiKeysResponse(api_keys=map(key_message, rows), next_page_token=next_page_token)
 
     async def RevokeApiKey(self, request: Any, call: Call) -> auth_pb2.ApiKey:
-        async with self._recorder.change(call) as (connection, event):
-            row = await store.revoke_key(connection, call.workspace_id, UUID(request.id))
-            if row is None:
-                raise errors.NotFound("API key", request.id)
-            event.target = f"apiKeys/{row['id']}"
-        self._verifier.forget(row["id"])
+        try:
+            async with self._recorder.change(call) as (connection, event):
+                row = await store.revoke_key(connection, call.workspace_id, UUID(request.id))
+                if row is None:
+                    raise errors.NotFound("API key", request.id)
+                event.target = f"apiKeys/{row['id']}"
+        finally:
+            self._verifier.forget(UUID(request.id))  # a caller that went away may have revoked it all the same
         return key_message(row)
 
 

@@ -79,11 +79,14 @@ async def revoke_key(connection: "Connection", workspace_id: UUID, id_: UUID) ->
 
 
 async def touch_keys(connection: "Connection", ids: Collection[UUID]) -> None:
-    """Notes that these keys were used. Rows that somebody else holds are left for the next time."""
+    """Notes, once a minute at most, that these keys were used. Rows that somebody else holds are left out."""
     await connection.execute(
         """
         UPDATE api_keys SET last_used_at = now()
-         WHERE id IN (SELECT id FROM api_keys WHERE id = ANY($1::uuid[]) FOR NO KEY UPDATE SKIP LOCKED)
+         WHERE id IN (SELECT id FROM api_keys
+                       WHERE id = ANY($1::uuid[])
+                         AND (last_used_at IS NULL OR last_used_at < now() - interval '1 minute')
+                         FOR NO KEY UPDATE SKIP LOCKED)
         """,
         list(ids),
     )

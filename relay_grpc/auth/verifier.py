@@ -54,6 +54,7 @@ class KeyVerifier:
         self._waiting_hashes = 0
         self._nobody = HASHER.hash(secrets.token_bytes(32))
         self._used: set[UUID] = set()
+        self._changes = 0  # keys forgotten so far
 
     async def verify(self, presented: str) -> Principal:
         """The key's principal.
@@ -86,7 +87,7 @@ class KeyVerifier:
         return await asyncio.shield(task)
 
     async def _look_up(self, digest: bytes, presented: str, public_id: str) -> Principal | None:
-        asked = time.monotonic()
+        asked, changes = time.monotonic(), self._changes
         async with self._db.anyone() as connection:
             row = await store.find_key(connection, public_id)
         proof = self._proofs.get(digest)
@@ -96,7 +97,9 @@ class KeyVerifier:
             # An unknown id costs a hash too: the time to refuse tells nothing about which ids exist.
             proven = await self._matches(row["key_hash"] if row else self._nobody, presented)
         principal = principal_of(row) if row and proven and row["revoked_at"] is None else None
-        self._proofs[digest] = _Proof(principal, row["key_hash"] if row else "", asked + self._status_ttl)
+        # What a key's change overtook on its way here is no longer to be believed.
+        fresh_until = asked + self._status_ttl if changes == self._changes else 0.0
+        self._proofs[digest] = _Proof(principal, row["key_hash"] if row else "", fresh_until)
         self._proofs.move_to_end(digest)
         if len(self._proofs) > CACHE_SIZE:
             self._proofs.popitem(last=False)
@@ -118,6 +121,7 @@ class KeyVerifier:
 
     def forget(self, key_id: UUID) -> None:
         """Reads this key's status anew on its next use: it was changed."""
+        self._changes += 1
         for proof in self._proofs.values():
             if proof.principal and proof.principal.id == str(key_id):
                 proof.fresh_until = 0.0

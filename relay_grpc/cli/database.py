@@ -51,14 +51,14 @@ def bootstrap(
     import asyncio
 
     from relay_grpc.bootstrap import bootstrap
-    from relay_grpc.datafolder import with_key_material
+    from relay_grpc.datafolder import DataFolderError, with_key_material
     from relay_grpc.db import DatabaseUnusable
 
-    if settings.is_development:
-        settings = with_key_material(settings)
     try:
+        if settings.is_development:
+            settings = with_key_material(settings)
         made = asyncio.run(bootstrap(url.get_secret_value(), settings, workspace=workspace, new_keys=new_keys))
-    except DatabaseUnusable as error:
+    except (DatabaseUnusable, DataFolderError) as error:
         raise Failure(str(error)) from error
     if as_json:
         show_json({"workspaceId": str(made.workspace_id), "keys": made.keys})

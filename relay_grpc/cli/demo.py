@@ -78,18 +78,20 @@ async def _receiver() -> AsyncIterator[_Receiver]:
 async def _main_job(ready: Ready, app: App, receiver: _Receiver) -> None:
     """Raises StartError where anything goes otherwise than it should."""
     keys = datafolder.read(ready.settings.data_dir / datafolder.CREDENTIALS)
-    if not keys:
+    if not keys or ready.settings.database_url:
         raise StartError("the demo runs on the embedded database alone: unset DATABASE_URL")
     started = time.monotonic()
     console.print(f"[bold]Relay[/] serves gRPC on {app.listen} and HTTP on {app.http_listen}\n")
     try:
         async with aio.connect(str(app.listen), api_key=keys["RELAY_ADMIN_KEY"]) as admin:
             connection = await admin.connections.create_webhook(
-                f"demo {datetime.now().astimezone():%Y-%m-%d %H:%M:%S.%f}", receiver.url, default=True
+                f"demo {datetime.now().astimezone():%Y-%m-%d %H:%M:%S.%f}",
+                receiver.url,
+                default=not ready.settings.webhook_url,
             )
             receiver.secret = signing.decode_secret(connection.signing_secret)
         async with aio.connect(str(app.listen), api_key=keys["RELAY_DEVELOPER_KEY"]) as developer:
-            preview = await developer.actions.preview("webhook.send", {"payload": PAYLOAD})
+            preview = await developer.actions.preview("webhook.send", {"payload": PAYLOAD}, connection_id=connection.id)
             _step("preview", preview.summary)
             _step("", f"bound to the digest {preview.digest[:16]}..., until {_clock(preview.expire_time)}")
             execution = await developer.actions.execute(preview)
@@ -140,7 +142,7 @@ with connect("{app.listen}", api_key=os.environ["RELAY_DEVELOPER_KEY"]) as relay
         f"{_tool('buf')} curl --protocol grpc --http2-prior-knowledge {header} \\\n"
         f"  {body} \\\n  http://{app.listen}/relay.v1.ActionsService/Preview",
         f"{shlex.quote(_relative(sys.executable))} - <<'PY'{python}\nPY",
-        f"{_tool('relay')} --address {app.listen} --api-key $RELAY_ADMIN_KEY executions list",
+        f"RELAY_API_KEY=$RELAY_ADMIN_KEY {_tool('relay')} --address {app.listen} executions list",
         f"curl -s http://{app.http_listen}/readyz",
     ):
         console.print(command, markup=False)

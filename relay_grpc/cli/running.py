@@ -55,7 +55,7 @@ def run(job: Callable[[Ready, App], Awaitable[Any]], *, once: bool = False, **ov
     try:
         with _ready(settings) as ready:
             asyncio.run(_serve(ready, job, once=once))
-    except (StartError, DatabaseUnusable, EmbeddedError) as error:
+    except (StartError, DatabaseUnusable, EmbeddedError, datafolder.DataFolderError) as error:
         raise Failure(str(error)) from error
     except KeyboardInterrupt:  # before the server was up
         raise typer.Exit(130) from None

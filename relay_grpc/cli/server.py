@@ -9,7 +9,7 @@ DataDir = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Where the embedded database and the development keys are. Unset: relay in the XDG data home.",
+        help="Where the embedded database and the development keys are. Unset: relay in the user's data folder.",
         file_okay=False,
     ),
 ]

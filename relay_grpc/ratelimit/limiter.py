@@ -183,7 +183,7 @@ class _Node:
             except Exception as error:  # whatever it is: no call may be left waiting
                 if not self._lost:
                     logger.warning(
-                        "Redis at %s is lost: each instance keeps to its share of the limits (%r)", self._name, error
+                        "Redis at %s is lost: each instance counts the limits by itself (%r)", self._name, error
                     )
                 await self._lose()
             await asyncio.sleep(RECONNECT_INTERVAL)

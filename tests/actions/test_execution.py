@@ -53,7 +53,7 @@ def test_another_failure_is_tried_again_within_a_fifth_of_the_schedule(
     result: AttemptResult, attempt: int, jitter: float
 ) -> None:
     transition = after(result, attempt, jitter)
-    scheduled = RETRY_SCHEDULE[attempt - 1]
+    scheduled = RETRY_SCHEDULE[attempt - 1] if result.outcome is not Outcome.INTERRUPTED else timedelta()
     assert transition.state is State.PENDING
     assert scheduled * 0.8 <= transition.delay <= scheduled * 1.2
 

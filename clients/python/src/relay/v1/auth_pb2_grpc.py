@@ -127,7 +127,7 @@ class AuthServiceServicer:
     def CreateApiKey(self, request, context):
         """Makes a key. The answer is the only one that ever holds the secret.
         Errors: NOT_FOUND (no such role), PERMISSION_DENIED (CEILING_EXCEEDED:
-        the key would hold a scope that its maker lacks).
+        the key would hold a scope that its maker lacks, or outlive its maker).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
