@@ -39,7 +39,7 @@ def connected(ctx: typer.Context) -> Iterator["Relay"]:
     from relay.errors import RelayError
 
     target: Target = ctx.obj
-    api_key = target.api_key or (_development_key() if _is_local(target.address) else None)
+    api_key = target.api_key or _development_key(target.address)
     if not api_key:
         raise Failure(
             "no API key: set RELAY_API_KEY or give --api-key",
@@ -66,14 +66,17 @@ def _is_local(address: str) -> bool:
         return False
 
 
-def _development_key() -> str | None:
-    """The admin key that a development server on this machine keeps in its data folder."""
+def _development_key(address: str) -> str | None:
+    """The admin key of this machine's development server, if that is whom the address names and nobody else."""
     from relay_grpc import datafolder
-    from relay_grpc.settings import Settings, SettingsError
+    from relay_grpc.settings import Address, Settings, SettingsError
 
     try:
         settings = Settings.load()
-        kept = datafolder.read(settings.data_dir / datafolder.CREDENTIALS) if settings.is_development else None
-    except (SettingsError, OSError):  # a server's troubles, which this command is not
+        asked = Address.parse(address)
+        if not settings.is_development or not asked.is_loopback or asked.port != settings.listen.port:
+            return None
+        kept = datafolder.read(settings.data_dir / datafolder.CREDENTIALS)
+    except (SettingsError, OSError, ValueError):  # a server's troubles, which this command is not
         return None
     return kept.get("RELAY_ADMIN_KEY") if kept else None

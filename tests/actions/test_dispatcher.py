@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 from relay.v1 import actions_pb2
 
+from relay_grpc.actions import dispatcher
 from relay_grpc.actions.execution import MAX_ATTEMPTS
 from relay_grpc.app import serving
 from tests.actions.caller import Caller, answering, calling, eventually, held, received
@@ -277,3 +278,20 @@ async def test_a_server_that_stops_records_what_it_delivers(
             await ended_as(caller, never.id, SUCCESS)
         assert await caller.attempts(never.id) == ["interrupted", "success"]
         assert receiver.ids() == [soon.id, never.id, never.id]
+
+
+async def test_an_attempt_that_finds_no_slot_is_handed_back_and_does_not_count(
+    relay: Relay, caller: Caller, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "MAX_RUNNING", 0)  # for every server of this process
+    settings = relay.settings.model_copy(update={"lease": 0.9, "attempt_timeout": 0.3})
+    async with serving(settings, relay.url) as app, calling(relay, receiver, listen=app.listen) as crowded:
+        execution = await crowded.execute(await crowded.preview(), wait=0)
+        assert (execution.state, execution.attempt_count) == (EXECUTING, 1)
+        waiting = await ended_as(crowded, execution.id, PENDING)
+        assert waiting.attempt_count == 0
+    assert not receiver.requests
+    monkeypatch.undo()
+    await ended_as(caller, execution.id, SUCCESS)
+    assert await caller.attempts(execution.id) == ["success"]
+    assert (await caller.get(execution.id)).attempt_count == 1

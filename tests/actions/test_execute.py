@@ -286,7 +286,7 @@ async def test_a_preview_that_is_locked_for_a_second_is_contended_and_then_free(
             started = time.monotonic()
             with pytest.raises(errors.Contention) as refusal:
                 await caller.execute(preview)
-            assert 1 <= time.monotonic() - started < 5
+            assert 1 <= time.monotonic() - started < 9
             assert refusal.value.retry_after == pytest.approx(0.2)
     finally:
         await holder.close()

@@ -87,7 +87,7 @@ async def test_the_webhook_url_makes_a_connection_of_the_first_workspace_alone(
         other = await relay.new_tenant()
         async with relay.connect(relay.tenant.developer) as client:
             (connection,) = [one async for one in client.connections.list()]
-            assert (connection.name, connection.default, connection.webhook.url) == ("default", True, receiver.url)
+            assert (connection.name, connection.default, connection.webhook.url) == ("WEBHOOK_URL", True, receiver.url)
             preview = await client.actions.preview("webhook.send", {"payload": {}})
             assert (await client.actions.execute(preview)).last_attempt.status_code == 200
         async with relay.connect(other.admin) as client:

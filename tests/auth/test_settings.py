@@ -10,6 +10,7 @@ from relay_grpc.datafolder import new_key_material
 from relay_grpc.settings import Settings, SettingsError
 
 DATABASE = "postgresql://relay:planted-secret@db/relay"
+KEY, OTHER_KEY = (new_key_material()["RELAY_ENCRYPTION_KEYS"].split(":")[1] for _ in range(2))
 PRODUCTION = {"DATABASE_URL": DATABASE, **new_key_material()}
 # requirements: "exactly the documented environment variables", with what they default to.
 DOCUMENTED: dict[str, Any] = {
@@ -142,6 +143,10 @@ def test_each_unsafe_combination_in_production_is_refused_with_its_sentence(
         ({"WEBHOOK_URL": "https://a.example"}, "WEBHOOK_URL and ACTIONS_SIGNING_SECRET: set both or neither"),
         ({"ACTIONS_SIGNING_SECRET": "x" * 24}, "WEBHOOK_URL and ACTIONS_SIGNING_SECRET: set both or neither"),
         ({"RELAY_LEASE": "44.9"}, "RELAY_LEASE: must be at least 3 times RELAY_ATTEMPT_TIMEOUT"),
+        (
+            {"RELAY_ENCRYPTION_KEYS": f"k1:{KEY},k1:{OTHER_KEY}"},
+            "RELAY_ENCRYPTION_KEYS: two keys have the same id",
+        ),
         ({"OTEL_ENABLED": "1"}, "OTEL_ENDPOINT: OTEL_ENABLED needs one, such as http://127.0.0.1:4318"),
         ({"RELAY_TLS_CLIENT_CA": __file__}, "RELAY_TLS_CLIENT_CA: needs RELAY_TLS_CERTIFICATE"),
         ({"RELAY_TLS_KEY": __file__}, "RELAY_TLS_CERTIFICATE and RELAY_TLS_KEY: set both or neither"),

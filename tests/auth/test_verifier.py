@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from relay.errors import Unauthenticated
+from relay.errors import PermissionDenied, Unauthenticated
 
 from relay_grpc import errors
 from relay_grpc.auth import verifier
@@ -124,8 +124,48 @@ async def test_a_revoked_key_is_refused_at_once_here_and_after_the_ttl_elsewhere
         assert (await client.auth.revoke_api_key(made.id)).revoke_time == revoked.revoke_time
 
 
-def test_another_instances_revocation_goes_unnoticed_for_5_seconds_at_most() -> None:
-    assert STATUS_TTL == 5.0
+async def test_another_instances_revocation_is_noticed_when_the_status_has_aged(relay: Relay) -> None:
+    async with relay.connect(relay.tenant.admin) as client, an_instance(relay, status_ttl=0.2) as (one, _, _):
+        made = await client.auth.create_api_key("aging", "viewer")
+        assert (await one.verify(made.secret)).id == made.id
+        await client.auth.revoke_api_key(made.id)
+        await asyncio.sleep(0.2)
+        assert await refused(one, made.secret)
+
+
+async def test_a_revocation_that_a_look_up_overtook_is_not_believed_away(
+    relay: Relay, instance: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _, _ = instance
+    hashing, revoked = threading.Event(), threading.Event()
+
+    def slowly(key_hash: str, presented: str) -> bool:
+        hashing.set()
+        return revoked.wait(30) and HASHER.verify(key_hash, presented)
+
+    async with relay.connect(relay.tenant.admin) as client:
+        made = await client.auth.create_api_key("overtaken", "viewer")
+        monkeypatch.setattr(verifier, "_verify", slowly)
+        first_use = asyncio.create_task(one.verify(made.secret))
+        await asyncio.to_thread(hashing.wait, 30)
+        await client.auth.revoke_api_key(made.id)
+        one.forget(UUID(made.id))
+        revoked.set()
+        await first_use  # it was valid when it was looked up
+    assert await refused(one, made.secret)
+
+
+async def test_a_key_can_not_outlive_its_maker(relay: Relay) -> None:
+    ends = datetime.now(UTC) + timedelta(hours=1)
+    async with relay.connect(relay.tenant.admin) as client:
+        maker = await client.auth.create_api_key("maker", "admin", expire_time=ends)
+    async with relay.connect(maker.secret) as client:
+        for later in (None, ends + timedelta(seconds=1)):
+            with pytest.raises(PermissionDenied) as refusal:
+                await client.auth.create_api_key("heir", "viewer", expire_time=later)
+            assert refusal.value.reason == "CEILING_EXCEEDED"
+        heir = await client.auth.create_api_key("heir", "viewer", expire_time=ends)
+        assert heir.expire_time.ToDatetime(UTC) == ends
 
 
 async def test_an_expired_key_is_refused_from_that_moment_on(
@@ -226,6 +266,12 @@ async def test_the_last_use_of_a_key_is_written_down(relay: Relay, instance: Ins
     assert first is not None
     await one.note_used()  # nothing was used since
     assert await last_used(used.public_id) == first
+    await one.verify(used.secret)
+    await one.note_used()  # within the same minute
+    assert await last_used(used.public_id) == first
+    await relay.sql(
+        "UPDATE api_keys SET last_used_at = now() - interval '2 minutes' WHERE public_id = $1", used.public_id
+    )
     await one.verify(used.secret)
     await one.note_used()
     assert await last_used(used.public_id) > first

@@ -196,3 +196,11 @@ async def test_parameters_keep_every_character(relay: Relay) -> None:
         connection = await client.connections.create_webhook("characters", "http://127.0.0.1:9/")
         preview = await client.actions.preview("webhook.send", {"payload": payload}, connection_id=connection.id)
         assert MessageToDict((await client.actions.get_preview(preview.id)).parameters) == {"payload": payload}
+
+
+@pytest.mark.parametrize("names", [[f"n{number}" for number in range(2000)], ["x" * 20_000]], ids=["many", "long"])
+async def test_however_much_is_wrong_the_answer_fits_its_trailers(wire: Wire, names: list[str]) -> None:
+    request = actions_pb2.PreviewRequest(action="webhook.send", parameters={"payload": {}} | dict.fromkeys(names, 1))
+    answer = await wire.call("ActionsService.Preview", request)
+    assert (answer.code, answer.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+    assert answer.violations

@@ -298,15 +298,16 @@ async def test_a_spent_rate_limit_ends_with_6_and_says_when_to_try_again(
 
 
 async def test_the_development_key_is_used_on_this_machine_alone(shell: Shell, tmp_path: Path) -> None:
-    folder = {"RELAY_DATA_DIR": str(tmp_path)}
+    folder = {"RELAY_DATA_DIR": str(tmp_path), "RELAY_LISTEN": shell.address}
     datafolder.write(tmp_path / datafolder.CREDENTIALS, {"RELAY_ADMIN_KEY": shell.admin})
-    here, elsewhere, production = await asyncio.gather(
+    here, another, elsewhere, production = await asyncio.gather(
         shell("whoami", "--json", key="", **folder),
+        shell("--address", "127.0.0.1:1", "whoami", key="", **folder),  # whoever that is
         shell("--address", "relay.invalid:443", "whoami", key="", **folder),
         shell("whoami", key="", DATABASE_URL="postgresql://u:password@127.0.0.1:1/x", **folder),
     )
     assert here.json["role"] == "admin"
-    assert (elsewhere.code, production.code) == (3, 3)
+    assert (another.code, elsewhere.code, production.code) == (3, 3, 3)
     assert "RELAY_API_KEY" in elsewhere.err
 
 

@@ -90,4 +90,4 @@ def test_make_run_does_the_main_job_and_finds_its_data_again(machine: Machine) -
     print(f"second run: {second:.1f} s")
     assert key not in said
     assert key in (machine.home / ".local/share/relay/credentials.env").read_text()
-    assert second < first
+    assert second < first / 3  # it installs nothing, and makes no cluster
