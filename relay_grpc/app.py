@@ -107,13 +107,8 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
         stack.callback(verifier.close)
         stack.push_async_callback(verifier.note_used)
         vault = Vault({key.id: key.key for key in settings.encryption_keys})
-        egress = Egress(
-            EgressPolicy(
-                allow_loopback=settings.is_development,
-                https_only=not settings.is_development,
-                allow=settings.egress_allow,
-            )
-        )
+        development = settings.is_development
+        egress = Egress(EgressPolicy(development, https_only=not development, allow=settings.egress_allow))
         stack.push_async_callback(egress.close)
         webhooks = WebhookProvider(egress, settings.attempt_timeout)
         providers = (webhooks,)
@@ -128,26 +123,9 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
         )
         stack.push_async_callback(dispatcher.stop, 0)
 
-        # Outermost first.
-        layers: list[Layer] = [
-            tracing(tracer, metrics),  # sees every call, and how it ended
-            status,  # so that everything inside may raise
-            audit(recorder),  # outside authentication, so that refusals are recorded too
-            authentication(verifier),
-            authorization,  # before the limit: a refused call costs its workspace nothing
-        ]
-        if settings.rate_limit_enabled:
-            layers.append(
-                rate_limit(
-                    limiter,
-                    metrics,
-                    calls_per_minute=settings.calls_per_minute,
-                    executions_per_minute=settings.executions_per_minute,
-                )
-            )
-        layers.append(validation)  # last: whoever sends bad requests pays for looking at them
+        layers = _layers(settings, tracer, metrics, recorder, verifier, limiter)
         servicers = {
-            "AuthService": AuthService(db, recorder, verifier, live=not settings.is_development),
+            "AuthService": AuthService(db, recorder, verifier, live=not development),
             "ConnectionsService": ConnectionsService(db, recorder, vault, webhooks),
             "ActionsService": ActionsService(db, recorder, dispatcher, providers, enabled=settings.actions_are_enabled),
             "AuditService": AuditService(db),
@@ -201,6 +179,27 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
             recorder=recorder,
             health=health_servicer,
         )
+
+
+def _layers(
+    settings: Settings, tracer: Tracer, metrics: Metrics, recorder: Recorder, verifier: KeyVerifier, limiter: Limiter
+) -> list[Layer]:
+    """What every call goes through, outermost first."""
+    limits = rate_limit(
+        limiter,
+        metrics,
+        calls_per_minute=settings.calls_per_minute,
+        executions_per_minute=settings.executions_per_minute,
+    )
+    return [
+        tracing(tracer, metrics),  # sees every call, and how it ended
+        status,  # so that everything inside may raise
+        audit(recorder),  # outside authentication, so that refusals are recorded too
+        authentication(verifier),
+        authorization,  # before the limit: a refused call costs its workspace nothing
+        *([limits] if settings.rate_limit_enabled else []),
+        validation,  # last: whoever sends bad requests pays for looking at them
+    ]
 
 
 async def _housekeeping(

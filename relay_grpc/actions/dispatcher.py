@@ -17,7 +17,7 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from relay_grpc import errors
-from relay_grpc.actions import store
+from relay_grpc.actions import leases
 from relay_grpc.actions.catalogue import Action
 from relay_grpc.actions.execution import AttemptResult, Job, Outcome, State, after
 from relay_grpc.actions.providers import Provider
@@ -65,15 +65,15 @@ class Dispatcher:
         self._sweep_interval = sweep_interval
         self._slots = asyncio.Semaphore(MAX_RUNNING)
         self._running: dict[UUID, asyncio.Task[asyncpg.Record | None]] = {}
-        self._commits: GroupCommit[store.Order, asyncpg.Record | None] = GroupCommit(
+        self._commits: GroupCommit[leases.Order, asyncpg.Record | None] = GroupCommit(
             "commit", db, metrics, self._commit
         )
-        self._completions: GroupCommit[store.Completion, asyncpg.Record | None] = GroupCommit(
+        self._completions: GroupCommit[leases.Completion, asyncpg.Record | None] = GroupCommit(
             "complete", db, metrics, self._complete
         )
         self._sweeper = asyncio.create_task(self._sweep())
 
-    async def execute(self, order: store.Order) -> asyncpg.Record | None:
+    async def execute(self, order: leases.Order) -> asyncpg.Record | None:
         """Commits the order and starts its first attempt. None: it can't be carried out; store.explain tells why."""
         return await self._commits.submit(order)
 
@@ -101,8 +101,10 @@ class Dispatcher:
         await asyncio.gather(*unfinished, return_exceptions=True)
         await self._completions.close()
 
-    async def _commit(self, connection: "Connection", orders: Sequence[store.Order]) -> Sequence[asyncpg.Record | None]:
-        rows = await store.commit(connection, orders, self._actions, timedelta(seconds=self._lease))
+    async def _commit(
+        self, connection: "Connection", orders: Sequence[leases.Order]
+    ) -> Sequence[asyncpg.Record | None]:
+        rows = await leases.commit(connection, orders, self._actions, timedelta(seconds=self._lease))
         for order in orders:
             row = rows.get(order.execution_id)
             if row is not None:
@@ -112,9 +114,9 @@ class Dispatcher:
         return [rows.get(order.execution_id) for order in orders]
 
     async def _complete(
-        self, connection: "Connection", completions: Sequence[store.Completion]
+        self, connection: "Connection", completions: Sequence[leases.Completion]
     ) -> Sequence[asyncpg.Record | None]:
-        rows = await store.complete(connection, completions)
+        rows = await leases.complete(connection, completions)
         return [rows.get(completion.event.id) for completion in completions]
 
     def _start(self, row: asyncpg.Record) -> None:
@@ -136,7 +138,7 @@ class Dispatcher:
                 await self._slots.acquire()
         except TimeoutError:
             async with self._db.worker() as connection:
-                await store.hand_back(connection, row["id"], row["lease_token"])
+                await leases.hand_back(connection, row["id"], row["lease_token"])
             return None
         try:
             with self._metrics.executions_in_flight.track_inprogress():
@@ -154,7 +156,7 @@ class Dispatcher:
         self._metrics.attempts.labels(row["provider"], result.outcome).inc()
         transition = after(result, row["attempt_count"], random.uniform(-1, 1))  # noqa: S311  # jitter
         logged = _attempt_event(row, result, time.monotonic() - started)
-        completion = store.Completion(row["id"], row["lease_token"], result, transition, logged)
+        completion = leases.Completion(row["id"], row["lease_token"], result, transition, logged)
         completed = None
         while time.monotonic() - started < self._lease:
             try:
@@ -219,7 +221,7 @@ class Dispatcher:
     async def _take_over(self) -> None:
         """Ends the attempts whose worker is gone, which makes their executions due again."""
         async with self._db.worker() as connection:
-            rows = await store.list_lapsed(connection, SWEEP_BATCH)
+            rows = await leases.list_lapsed(connection, SWEEP_BATCH)
         await asyncio.gather(*(self._record(row, INTERRUPTED, time.monotonic()) for row in rows))
 
     async def _claim(self) -> bool:
@@ -228,7 +230,7 @@ class Dispatcher:
         if free <= 0:
             return False
         async with self._db.worker() as connection:
-            rows = await store.claim(connection, uuid4(), timedelta(seconds=self._lease), free)
+            rows = await leases.claim(connection, uuid4(), timedelta(seconds=self._lease), free)
         for row in rows:
             self._start(row)
         return len(rows) == free

@@ -9,7 +9,7 @@ import asyncpg
 from relay.v1 import actions_pb2
 
 from relay_grpc import errors
-from relay_grpc.actions import messages, store
+from relay_grpc.actions import leases, messages, store
 from relay_grpc.actions.catalogue import CATALOGUE, Action, find
 from relay_grpc.actions.dispatcher import Dispatcher
 from relay_grpc.actions.execution import MAX_ATTEMPTS, Plan
@@ -118,7 +118,7 @@ class ActionsService:
         event = of_call(call)
         event.target = f"executions/{execution_id}"
         event.idempotency_key_hash = self._recorder.hash(call.workspace_id, idempotency_key)
-        order = store.Order(
+        order = leases.Order(
             execution_id=execution_id,
             workspace_id=call.workspace_id,
             caller=call.principal.caller,
@@ -206,7 +206,7 @@ class ActionsService:
             raise errors.NotFound("execution", str(id_))
         return row
 
-    async def _replay_or_refuse(self, order: store.Order) -> actions_pb2.Execution:
+    async def _replay_or_refuse(self, order: leases.Order) -> actions_pb2.Execution:
         async with self._db.workspace(order.workspace_id) as connection:
             facts = await store.explain(
                 connection, order.workspace_id, order.caller, order.preview_id, order.idempotency_key
@@ -228,7 +228,7 @@ def _number(text: str) -> int:
 _SWITCHED_OFF = "actions are switched off on this server (ACTIONS_ENABLED)"
 
 
-def _refusal(order: store.Order, facts: asyncpg.Record) -> errors.RelayError:
+def _refusal(order: leases.Order, facts: asyncpg.Record) -> errors.RelayError:
     """Why an Execute was not carried out, the most telling reason first."""
     if facts["preview_id"] is None:
         return errors.NotFound("preview", str(order.preview_id))
