@@ -73,7 +73,6 @@ class App:
     metrics: Metrics
     limiter: Limiter
     recorder: Recorder
-    health: "Health"
 
 
 class Health(health.aio.HealthServicer):
@@ -118,6 +117,7 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
             providers,
             CATALOGUE,
             metrics,
+            tracer,
             lease=settings.lease,
             sweep_interval=settings.sweep_interval,
         )
@@ -177,7 +177,6 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
             metrics=metrics,
             limiter=limiter,
             recorder=recorder,
-            health=health_servicer,
         )
 
 

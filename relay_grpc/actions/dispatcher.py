@@ -25,7 +25,7 @@ from relay_grpc.audit import event
 from relay_grpc.connections.secrets import Sealed, Undecryptable, Vault
 from relay_grpc.db import Database
 from relay_grpc.groupcommit import GroupCommit
-from relay_grpc.telemetry import Metrics
+from relay_grpc.telemetry import Metrics, Tracer
 
 if TYPE_CHECKING:
     from relay_grpc.db import Connection
@@ -52,6 +52,7 @@ class Dispatcher:
         providers: Sequence[Provider],
         actions: Sequence[Action],
         metrics: Metrics,
+        tracer: Tracer,
         *,
         lease: float,
         sweep_interval: float,
@@ -61,6 +62,7 @@ class Dispatcher:
         self._providers = {provider.name: provider for provider in providers}
         self._actions = actions
         self._metrics = metrics
+        self._tracer = tracer
         self._lease = lease
         self._sweep_interval = sweep_interval
         self._slots = asyncio.Semaphore(MAX_RUNNING)
@@ -173,16 +175,18 @@ class Dispatcher:
         return completed
 
     async def _attempt(self, row: asyncpg.Record) -> AttemptResult:
-        try:
-            job = self._job(row)
-        except Undecryptable as error:
-            log.error("execution %s can't be signed: %s", row["id"], error)
-            return AttemptResult(Outcome.UNSENDABLE, error="the connection's signing secret can't be decrypted")
-        if not job.secrets:
-            return AttemptResult(Outcome.UNSENDABLE, error="the connection has no valid signing secret")
-        return await self._providers[row["provider"]].execute(job)
+        attributes = {"relay.provider": row["provider"], "relay.action": row["action_type"]}
+        with self._tracer.client("delivery.attempt", row["traceparent"], attributes) as trace:
+            try:
+                job = self._job(row, trace.traceparent)
+            except Undecryptable as error:
+                log.error("execution %s can't be signed: %s", row["id"], error)
+                return AttemptResult(Outcome.UNSENDABLE, error="the connection's signing secret can't be decrypted")
+            if not job.secrets:
+                return AttemptResult(Outcome.UNSENDABLE, error="the connection has no valid signing secret")
+            return await self._providers[row["provider"]].execute(job)
 
-    def _job(self, row: asyncpg.Record) -> Job:
+    def _job(self, row: asyncpg.Record, traceparent: str) -> Job:
         secrets = tuple(
             self._vault.open(
                 Sealed(
@@ -198,12 +202,11 @@ class Dispatcher:
         )
         return Job(
             execution_id=row["id"],
-            attempt=row["attempt_count"],
             action=row["action_type"],
             parameters=row["parameters"],
             configuration=json.loads(row["configuration"]),
             secrets=secrets,
-            traceparent=row["traceparent"] or None,
+            traceparent=traceparent,
         )
 
     async def _sweep(self) -> None:

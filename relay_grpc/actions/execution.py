@@ -41,7 +41,6 @@ class Job:
     """
 
     execution_id: UUID
-    attempt: int
     action: str
     parameters: str
     configuration: Mapping[str, Any]

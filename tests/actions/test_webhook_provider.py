@@ -53,7 +53,6 @@ PARAMETERS: dict[str, Any] = {"payload": {"order": "or_1829"}}
 def job(url: str, parameters: dict[str, Any] = PARAMETERS, **values: Any) -> Job:
     return Job(
         execution_id=values.pop("execution_id", None) or uuid4(),
-        attempt=1,
         action="webhook.send",
         parameters=rfc8785.dumps(parameters).decode(),
         configuration={"url": url, "body_signature": values.pop("body_signature", False)},

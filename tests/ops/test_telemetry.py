@@ -3,15 +3,19 @@ import logging
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from relay.v1 import actions_pb2
 
 from relay_grpc import telemetry
+from relay_grpc.app import serving
 from relay_grpc.telemetry import Tracer, tracer_provider
+from tests.harness import Relay, receiving
+from tests.rpc.wire import wired
 
 METHOD = "relay.v1.ActionsService/Execute"
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -233,3 +237,23 @@ async def test_shutdown_does_not_wait_for_a_collector_that_never_answers(monkeyp
         assert any(thread.name == "flush spans" for thread in threading.enumerate())  # it gave up before the exporter
         await connected.wait()
         closing.set()
+
+
+async def test_an_execution_is_one_trace_from_its_caller_to_its_receiver(relay: Relay, receiver: Receiver) -> None:
+    settings = relay.settings.model_copy(update={"otel_enabled": True, "otel_endpoint": receiver.url})
+    async with receiving() as webhooks:
+        async with serving(settings, relay.url) as app:
+            server = replace(relay, app=app)
+            async with server.connect(relay.tenant.admin) as client:
+                connection = await client.connections.create_webhook("traced", webhooks.url)
+                preview = await client.actions.preview("webhook.send", {"payload": {}}, connection_id=connection.id)
+            async with wired(server) as wire:
+                request = actions_pb2.ExecuteRequest(preview_id=preview.id)
+                assert (await wire.call("ActionsService.Execute", request, traceparent=SAMPLED)).code == "OK"
+        [(headers, _)] = webhooks.requests
+    spans = {span.name: span for span in receiver.spans if span.trace_id.hex() == TRACE_ID}
+    execute, attempt = spans[METHOD], spans["delivery.attempt"]
+    assert execute.parent_span_id.hex() == PARENT_ID
+    assert attempt.parent_span_id == execute.span_id
+    assert headers["traceparent"].split("-")[1:3] == [TRACE_ID, attempt.span_id.hex()]
+    assert attributes(attempt) == {"relay.provider": "independent", "relay.action": "webhook.send"}
