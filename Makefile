@@ -7,7 +7,7 @@ BIN = .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: help run test test-stack lint format generate bench lock clean
+.PHONY: help run test test-stack test-long lint format generate bench lock clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,9 @@ test: .venv/dev ## run the suite; needs nothing but the environment
 test-stack: .venv/dev ## run what needs Linux and Debian packages
 	@tests/stack/install-packages
 	@$(BIN)/python -m pytest -m stack
+
+test-long: .venv/dev ## run the tests that have larger counts with them, and print their figures
+	@$(BIN)/python -m pytest -m long --long --timeout 3600
 
 lint: .venv/dev ## check style, types, floors, protos and generated code
 	@$(BIN)/ruff format --check .

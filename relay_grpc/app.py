@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,16 @@ from relay_grpc.actions.providers.webhook import WebhookProvider
 from relay_grpc.actions.service import ActionsService
 from relay_grpc.audit.recorder import Recorder
 from relay_grpc.audit.service import AuditService
+from relay_grpc.auth.changes import Changes
+from relay_grpc.auth.oidc import TokenVerifier
+from relay_grpc.auth.roles import Roles
 from relay_grpc.auth.service import AuthService
+from relay_grpc.auth.users import UserVerifier
 from relay_grpc.auth.verifier import KeyVerifier
 from relay_grpc.connections.secrets import Vault
 from relay_grpc.connections.service import ConnectionsService
 from relay_grpc.db import Database
+from relay_grpc.instances import Instances
 from relay_grpc.interceptors.audit import audit
 from relay_grpc.interceptors.authentication import authentication
 from relay_grpc.interceptors.authorization import authorization
@@ -44,6 +50,7 @@ from relay_grpc.telemetry import Metrics, Tracer, tracer_provider
 log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 1024 * 1024
 HOUSEKEEPING_SECONDS = 2.0
+ANYWHERE = (ip_network("0.0.0.0/0"), ip_network("::/0"))
 
 CHANNEL_OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port that another server has is taken, not shared
@@ -71,7 +78,7 @@ class App:
     http_listen: Address
     db: Database
     metrics: Metrics
-    limiter: Limiter
+    limiter: Limiter | None
     recorder: Recorder
 
 
@@ -96,17 +103,34 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
         metrics = Metrics()
         tracer = Tracer(_tracer_provider(settings))
         stack.push_async_callback(tracer.shutdown)
-        db = await Database.open(database_url, production=not settings.is_development)
+        db = await Database.open(
+            database_url, production=not settings.is_development, connections=settings.database_connections
+        )
         stack.push_async_callback(db.close)
-        limiter = _limiter(settings)
-        stack.push_async_callback(limiter.close)
+        instances = Instances(db)
+        await instances.start()
+        stack.push_async_callback(instances.stop)
+        metrics.instances.set_function(lambda: instances.live)
+        limiter = _limiter(settings, instances)
+        if limiter is not None:
+            stack.push_async_callback(limiter.close)
+            metrics.rate_limiter_degraded.set_function(lambda: limiter.degraded)
         recorder = Recorder(db, hash_key, metrics)
         stack.push_async_callback(recorder.close)
-        verifier = KeyVerifier(db, metrics)
-        stack.callback(verifier.close)
+        changes = Changes(db, metrics)
+        stack.push_async_callback(changes.close)
+        verifier = KeyVerifier(db, metrics, changes, settings.key_peppers)
+        stack.push_async_callback(verifier.close)
         stack.push_async_callback(verifier.note_used)
-        vault = Vault({key.id: key.key for key in settings.encryption_keys})
         development = settings.is_development
+        # It is the operator who names issuers, so they may be on the operator's own network.
+        to_issuers = Egress(EgressPolicy(development, https_only=not development, allow=ANYWHERE))
+        stack.push_async_callback(to_issuers.close)
+        tokens = TokenVerifier(settings.oidc_issuers, to_issuers, metrics)
+        stack.callback(tokens.close)
+        users = UserVerifier(db, tokens, changes)
+        stack.push_async_callback(users.close)
+        vault = Vault({key.id: key.key for key in settings.encryption_keys})
         egress = Egress(EgressPolicy(development, https_only=not development, allow=settings.egress_allow))
         stack.push_async_callback(egress.close)
         webhooks = WebhookProvider(egress, settings.attempt_timeout)
@@ -123,15 +147,17 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
         )
         stack.push_async_callback(dispatcher.stop, 0)
 
-        layers = _layers(settings, tracer, metrics, recorder, verifier, limiter)
+        layers = _layers(settings, tracer, metrics, recorder, verifier, users, limiter)
         servicers = {
-            "AuthService": AuthService(db, recorder, verifier, live=not development),
+            "AuthService": AuthService(
+                db, recorder, verifier, changes, Roles(db, recorder, changes, users.issuer), live=not development
+            ),
             "ConnectionsService": ConnectionsService(db, recorder, vault, webhooks),
             "ActionsService": ActionsService(db, recorder, dispatcher, providers, enabled=settings.actions_are_enabled),
             "AuditService": AuditService(db),
         }
         server = grpc.aio.server(options=CHANNEL_OPTIONS)
-        register(server, api, servicers, layers)
+        register(server, api, servicers, layers, proxies=settings.trusted_proxies)
         health_servicer = _add_health(server)
         services = sorted({method.path.split("/")[1] for method in api.values()})
         for service in services:
@@ -166,9 +192,7 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
         stack.push_async_callback(sidecar.stop)
         await server.start()
         stack.push_async_callback(stop_serving)
-        housekeeping = asyncio.create_task(
-            _housekeeping(db, verifier, recorder, limiter, metrics, health_servicer, services)
-        )
+        housekeeping = asyncio.create_task(_housekeeping(db, verifier, tokens, recorder, health_servicer, services))
         stack.callback(housekeeping.cancel)
         yield App(
             listen=listen,
@@ -181,44 +205,54 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
 
 
 def _layers(
-    settings: Settings, tracer: Tracer, metrics: Metrics, recorder: Recorder, verifier: KeyVerifier, limiter: Limiter
+    settings: Settings,
+    tracer: Tracer,
+    metrics: Metrics,
+    recorder: Recorder,
+    verifier: KeyVerifier,
+    users: UserVerifier,
+    limiter: Limiter | None,
 ) -> list[Layer]:
     """What every call goes through, outermost first."""
-    limits = rate_limit(
-        limiter,
-        metrics,
-        calls_per_minute=settings.calls_per_minute,
-        executions_per_minute=settings.executions_per_minute,
-    )
+    limits = [] if limiter is None else [_rate_limit(settings, metrics, limiter)]
     return [
         tracing(tracer, metrics),  # sees every call, and how it ended
         status,  # so that everything inside may raise
         audit(recorder),  # outside authentication, so that refusals are recorded too
-        authentication(verifier),
-        authorization,  # before the limit: a refused call costs its workspace nothing
-        *([limits] if settings.rate_limit_enabled else []),
+        authentication(verifier, users),
+        *limits,  # before authorization, so that what it refuses is limited too, at the price of one call
+        authorization,
         validation,  # last: whoever sends bad requests pays for looking at them
     ]
+
+
+def _rate_limit(settings: Settings, metrics: Metrics, limiter: Limiter) -> Layer:
+    return rate_limit(
+        limiter,
+        metrics,
+        calls_per_minute=settings.calls_per_minute,
+        executions_per_minute=settings.executions_per_minute,
+        shadow=settings.rate_limit_shadow,
+    )
 
 
 async def _housekeeping(
     db: Database,
     verifier: KeyVerifier,
+    tokens: TokenVerifier,
     recorder: Recorder,
-    limiter: Limiter,
-    metrics: Metrics,
     health_servicer: Health,
     services: list[str],
 ) -> None:
-    """What is done now and then: used keys and counted refusals are written down, health follows the database."""
+    """What is done now and then: issuers' keys are read, used keys and refusals noted, health follows the database."""
     while True:
         await asyncio.sleep(HOUSEKEEPING_SECONDS)
         try:
+            tokens.refresh()
             serving = await db.answers()
             state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
             for service in ("", *services):
                 await health_servicer.set(service, state)
-            metrics.rate_limiter_degraded.set(limiter.degraded)
             await verifier.note_used()
             await recorder.flush()
         except errors.RelayError as error:
@@ -235,8 +269,10 @@ def _tracer_provider(settings: Settings) -> Any:
     )
 
 
-def _limiter(settings: Settings) -> Limiter:
-    local = LocalLimiter()
+def _limiter(settings: Settings, instances: Instances) -> Limiter | None:
+    if not settings.rate_limit_enabled:
+        return None
+    local = LocalLimiter(lambda: instances.live)
     if settings.redis_url is None:
         return local
     try:

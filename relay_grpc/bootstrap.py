@@ -9,14 +9,13 @@ from uuid import UUID
 import asyncpg
 
 from relay_grpc.actions import signing
-from relay_grpc.audit import store as audit
-from relay_grpc.audit.event import SYSTEM_WORKSPACE, ActorType, Event
+from relay_grpc.audit.event import SYSTEM_WORKSPACE
 from relay_grpc.auth import keys, store
-from relay_grpc.auth.verifier import HASHER
+from relay_grpc.auth.proofs import Peppers
 from relay_grpc.connections import store as connections
 from relay_grpc.connections.secrets import Sealed, Undecryptable, Vault
-from relay_grpc.db import CONNECT_TIMEOUT, OWNER, DatabaseUnusable, reason
 from relay_grpc.ids import uuid7
+from relay_grpc.owner import as_owner, record
 from relay_grpc.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,22 +41,10 @@ async def bootstrap(
     new_keys: make keys although it exists. The first workspace of a database is the bootstrap workspace: it alone gets
     the default connection of WEBHOOK_URL, made or brought up to date. Raises DatabaseUnusable.
     """
-    try:
-        connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT)
-    except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        raise DatabaseUnusable(f"the database can't be reached: {reason(error)}; check DATABASE_URL") from error
-    try:
-        async with connection.transaction():
-            await connection.execute(f"SET LOCAL ROLE {OWNER}")
-            # One bootstrap at a time: two first starts must not make two first workspaces.
-            await connection.execute("LOCK TABLE workspaces IN SHARE ROW EXCLUSIVE MODE")
-            return await _bootstrap(connection, settings, workspace, new_keys)
-    except (asyncpg.InvalidParameterValueError, asyncpg.UndefinedTableError) as error:
-        raise DatabaseUnusable("the database has no Relay in it: run `relay migrate`") from error
-    except asyncpg.PostgresError as error:
-        raise DatabaseUnusable(f"the database can't be bootstrapped: {reason(error)}") from error
-    finally:
-        await connection.close()
+    async with as_owner(url) as connection:
+        # One bootstrap at a time: two first starts must not make two first workspaces.
+        await connection.execute("LOCK TABLE workspaces IN SHARE ROW EXCLUSIVE MODE")
+        return await _bootstrap(connection, settings, workspace, new_keys)
 
 
 async def _bootstrap(connection: "Connection", settings: Settings, workspace: str, new_keys: bool) -> Bootstrapped:
@@ -65,11 +52,11 @@ async def _bootstrap(connection: "Connection", settings: Settings, workspace: st
     if workspace_id is None:
         workspace_id, new_keys = uuid7(), True
         await connection.execute("INSERT INTO workspaces (id, name) VALUES ($1, $2)", workspace_id, workspace)
-        await _log(connection, workspace_id, "operator.CreateWorkspace", f"workspaces/{workspace_id}")
+        await record(connection, workspace_id, "operator.CreateWorkspace", f"workspaces/{workspace_id}")
     made: dict[str, str] = {}
     if new_keys:
         for role in ROLES:
-            made[role] = await _make_key(connection, workspace_id, role, live=not settings.is_development)
+            made[role] = await _make_key(connection, workspace_id, role, settings)
     first = await connection.fetchval(
         "SELECT id FROM workspaces WHERE id <> $1 ORDER BY created_at, id LIMIT 1", SYSTEM_WORKSPACE
     )
@@ -79,21 +66,19 @@ async def _bootstrap(connection: "Connection", settings: Settings, workspace: st
     return Bootstrapped(workspace_id, made)
 
 
-async def _make_key(connection: "Connection", workspace_id: UUID, role: str, *, live: bool) -> str:
-    key = keys.generate(live=live)
-    row = await store.insert_key(
+async def _make_key(connection: "Connection", workspace_id: UUID, role: str, settings: Settings) -> str:
+    key, id_ = keys.generate(live=not settings.is_development), uuid7()
+    await store.insert_key(
         connection,
-        id_=uuid7(),
+        id_=id_,
         workspace_id=workspace_id,
         public_id=key.public_id,
-        key_hash=HASHER.hash(key.text),
+        sealed=Peppers(settings.key_peppers).seal(key.text),
         name=f"bootstrap {role}",
         role=role,
-        scopes=[],
         created_by="bootstrap",
-        expires_at=None,
     )
-    await _log(connection, workspace_id, "operator.CreateApiKey", f"apiKeys/{row['id']}")
+    await record(connection, workspace_id, "operator.CreateApiKey", f"apiKeys/{id_}")
     return key.text
 
 
@@ -140,7 +125,7 @@ async def _default_connection(
     await connections.insert_secret(
         connection, id_=secret_id, workspace_id=workspace_id, connection_id=row["id"], sealed=sealed
     )
-    await _log(connection, workspace_id, "operator.SetDefaultConnection", f"connections/{row['id']}")
+    await record(connection, workspace_id, "operator.SetDefaultConnection", f"connections/{row['id']}")
 
 
 async def _is_up_to_date(
@@ -166,8 +151,3 @@ async def _is_up_to_date(
         ] == [secret]
     except Undecryptable:
         return False
-
-
-async def _log(connection: "Connection", workspace_id: UUID, action: str, target: str) -> None:
-    event = Event(workspace_id=workspace_id, action=action, target=target, actor_type=ActorType.OPERATOR)
-    await audit.insert(connection, [event])

@@ -41,7 +41,8 @@ class Call:
 
     deadline: on time.monotonic(), infinite where the caller set none. send: writes a message of a streaming answer.
     code, failure: how it ended. target: what it was about, where its own transaction does not tell the audit log.
-    recorded: its audit event is committed. trailing: metadata for the answer.
+    recorded: its audit event is committed. trailing: metadata for the answer. named_workspace: the one that the caller
+    says it means; None: it says nothing.
     """
 
     method: Method
@@ -58,6 +59,7 @@ class Call:
     target: str = ""
     recorded: bool = False
     trailing: dict[str, str] = field(default_factory=dict)
+    named_workspace: UUID | None = None
     _principal: Principal | None = None
 
     @property

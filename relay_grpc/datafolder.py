@@ -11,19 +11,24 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from relay_grpc.settings import EncryptionKey, Settings
+from relay_grpc.settings import NamedKey, Settings
 
 KEY_MATERIAL = "key-material.env"
 CREDENTIALS = "credentials.env"
+POSTGRES = "postgres"  # the folder of the embedded server
 
 
 def new_key_material() -> dict[str, str]:
     """Fresh values for the settings that hold keys."""
-    encryption_key = base64.b64encode(secrets.token_bytes(32)).decode()
     return {
-        "RELAY_ENCRYPTION_KEYS": f"k{secrets.token_hex(3)}:{encryption_key}",
+        "RELAY_ENCRYPTION_KEYS": _named_key(),
+        "RELAY_KEY_PEPPERS": _named_key(),
         "RELAY_HASH_KEY": secrets.token_urlsafe(32),
     }
+
+
+def _named_key() -> str:
+    return f"k{secrets.token_hex(3)}:{base64.b64encode(secrets.token_bytes(32)).decode()}"
 
 
 class DataFolderError(Exception):
@@ -41,7 +46,11 @@ def with_key_material(settings: Settings) -> Settings:
         if kept is None:
             kept = new_key_material()
             write(path, kept)
-        encryption_key, hash_key = EncryptionKey.parse(kept["RELAY_ENCRYPTION_KEYS"]), kept["RELAY_HASH_KEY"]
+        elif "RELAY_KEY_PEPPERS" not in kept:  # the folder is older than peppers; a new one costs a hash per key
+            kept["RELAY_KEY_PEPPERS"] = new_key_material()["RELAY_KEY_PEPPERS"]
+            write(path, kept)
+        encryption_key, hash_key = NamedKey.parse(kept["RELAY_ENCRYPTION_KEYS"]), kept["RELAY_HASH_KEY"]
+        pepper = NamedKey.parse(kept["RELAY_KEY_PEPPERS"])
     except OSError as error:
         raise DataFolderError(f"can't use {error.filename or path}: {error.strerror}") from error
     except (KeyError, ValueError) as error:
@@ -49,6 +58,7 @@ def with_key_material(settings: Settings) -> Settings:
     return settings.model_copy(
         update={
             "encryption_keys": settings.encryption_keys or (encryption_key,),
+            "key_peppers": settings.key_peppers or (pepper,),
             "hash_key": settings.hash_key or SecretStr(hash_key),
         }
     )

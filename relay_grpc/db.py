@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
 
 APP, WORKER, OWNER = "relay_app", "relay_worker", "relay_owner"
-SCHEMA_REVISION = "0001"
-POOLS = ((APP, 10), (WORKER, 4), (APP, 1))  # the most connections: for requests, for workers, for the look at health
+SCHEMA_REVISION = "0002"
+CONNECTIONS = 10  # for requests
+WORKER_CONNECTIONS = 4
 CONNECT_TIMEOUT = 5.0  # seconds
 COMMAND_TIMEOUT = 10.0  # seconds; asyncpg's default is to wait for ever
 
@@ -55,17 +56,24 @@ def translated() -> Iterator[None]:
 class Database:
     """The pools of one process. Open it with `open`, and close it."""
 
-    def __init__(self, app: "Pool", worker: "Pool", probe: "Pool") -> None:
+    def __init__(self, app: "Pool", worker: "Pool", probe: "Pool", listener: "Pool") -> None:
         self._app = app
         self._worker = worker
         self._probe = probe  # apart, so that a busy database does not pass for a dead one
+        self._listener = listener
 
     @classmethod
-    async def open(cls, url: str, *, production: bool = False) -> "Database":
-        """Connects and looks the database over. Raises DatabaseUnusable."""
+    async def open(cls, url: str, *, production: bool = False, connections: int = CONNECTIONS) -> "Database":
+        """Connects and looks the database over. connections: the most for requests. Raises DatabaseUnusable."""
         try:
             async with AsyncExitStack() as undo:
-                database = cls(*[await _pool(url, role, most, undo) for role, most in POOLS])
+                pools = (
+                    (APP, connections, APP),
+                    (WORKER, WORKER_CONNECTIONS, WORKER),
+                    (APP, 1, APP),
+                    (APP, 1, "listener"),
+                )
+                database = cls(*[await _pool(url, role, most, name, undo) for role, most, name in pools])
                 for pool in (database._app, database._worker):
                     async with pool.acquire() as connection:
                         await _check(connection, production=production)
@@ -78,6 +86,7 @@ class Database:
 
     async def close(self) -> None:
         """Waits 5 s for what is under way, then cuts the connections."""
+        self._listener.terminate()
         for pool in (self._app, self._worker, self._probe):
             try:
                 async with asyncio.timeout(5):
@@ -112,7 +121,7 @@ class Database:
 
     @asynccontextmanager
     async def anyone(self) -> AsyncIterator["Connection"]:
-        """A connection as relay_app outside any workspace: it sees no rows and may call relay_find_api_key."""
+        """A connection as relay_app outside any workspace: it sees no rows and may call relay_find_... functions."""
         async with _lent(self._app) as connection:
             yield connection
 
@@ -121,6 +130,23 @@ class Database:
         """A connection as relay_worker; each statement is its own transaction. Those that work all the time keep it."""
         async with _lent(self._worker) as connection:
             yield connection
+
+    @asynccontextmanager
+    async def listening(
+        self, channel: str, heard: Callable[[str], None], lost: Callable[[], None]
+    ) -> AsyncIterator["Connection"]:
+        """A connection of its own that hears the channel's notifications as long as the block lasts.
+
+        heard: called with the payload of each. lost: called when the database ends the connection.
+        """
+        async with _lent(self._listener) as connection:
+            connection.add_termination_listener(lambda _: lost())
+            try:
+                await connection.add_listener(channel, lambda *notification: heard(str(notification[-1])))
+                yield connection
+            finally:
+                if not is_lost(connection):
+                    connection.terminate()  # or its next borrower would hear too
 
     async def answers(self) -> bool:
         """Whether the database serves right now, found out within 2 seconds."""
@@ -176,7 +202,9 @@ async def _lent(pool: "Pool", patience: float = CONNECT_TIMEOUT) -> AsyncIterato
             await pool.release(connection)
 
 
-async def _pool(url: str, role: str, most: int, undo: AsyncExitStack) -> "Pool":
+async def _pool(url: str, role: str, most: int, name: str, undo: AsyncExitStack) -> "Pool":
+    """name: what operators see of it in pg_stat_activity."""
+
     async def as_role(connection: "Connection") -> None:
         await connection.execute(f"SET ROLE {role}; SET lock_timeout = '1s'")
 
@@ -192,7 +220,7 @@ async def _pool(url: str, role: str, most: int, undo: AsyncExitStack) -> "Pool":
         reset=keep,
         timeout=CONNECT_TIMEOUT,
         command_timeout=COMMAND_TIMEOUT,
-        server_settings={"application_name": f"relay {role}"},
+        server_settings={"application_name": f"relay {name}"},
     )
     undo.callback(pool.terminate)
     await pool

@@ -92,7 +92,7 @@ class EmbeddedPostgres:
 
     def url(self, database: str = "relay") -> str:
         """The address for a superuser, as asyncpg takes it (SQLAlchemy: with the scheme postgresql+asyncpg)."""
-        return f"postgresql://relay@/{quote(database, safe='')}?host={quote(self._sockets, safe='')}&port=5432"
+        return _url(self._sockets, database)
 
     def __enter__(self) -> Self:
         self.start()
@@ -223,6 +223,19 @@ class EmbeddedPostgres:
             if os.getsid(server) == int(guard):
                 return server
         return None
+
+
+def running_at(folder: Path) -> str | None:
+    """The URL of the server that runs in this folder, whoever owns it; None: none does. Raises OSError."""
+    try:
+        with open(folder / "server.lock") as lock:
+            return None if _lock(lock) else _url(lock.readline().strip(), "relay")
+    except FileNotFoundError:
+        return None
+
+
+def _url(sockets: str, database: str) -> str:
+    return f"postgresql://relay@/{quote(database, safe='')}?host={quote(sockets, safe='')}&port=5432"
 
 
 def _lock(file: IO[str]) -> bool:

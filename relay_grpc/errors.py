@@ -5,6 +5,7 @@ exception's cause (`raise ... from`). interceptors/status.py is the only place t
 Every class names the google.rpc.Code it stands for, and each instance one relay.v1.ErrorReason.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -62,7 +63,9 @@ class Unauthenticated(RelayError):
     reason = "CREDENTIALS_INVALID"
 
     def __init__(self) -> None:
-        super().__init__("no valid credential: send the metadata 'authorization: Bearer KEY' or 'x-api-key: KEY'")
+        super().__init__(
+            "no valid credential: send the metadata 'authorization: Bearer KEY-OR-TOKEN' or 'x-api-key: KEY'"
+        )
 
 
 class PermissionDenied(RelayError):
@@ -70,6 +73,18 @@ class PermissionDenied(RelayError):
 
     code = "PERMISSION_DENIED"
     reason = "SCOPE_MISSING"
+
+
+class Throttled(RelayError):
+    """Too many wrong credentials came from here, or for this key: no more are looked at for now."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "AUTHENTICATION_THROTTLED"
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(
+            f"too many wrong credentials; try again in {math.ceil(retry_after)} s", retry_after=retry_after
+        )
 
 
 class NotFound(RelayError):

@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,7 @@ DEFAULT_SIZE = 50
 MAX_SIZE = 200
 _SEAL_BYTES = 8
 Cursor = TypeVar("Cursor")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,25 @@ class Page(Generic[Cursor]):
     def fetch(self) -> int:
         return self.size + 1
 
-    def cut(self, rows: list[Any], cursor_field: str = "id") -> tuple[list[Any], str]:
-        """The rows of the page and the next page's token, empty on the last page."""
-        if len(rows) <= self.size:
-            return rows, ""
-        cursor = str(rows[self.size - 1][cursor_field]).encode()
-        return rows[: self.size], base64.urlsafe_b64encode(self.seal + cursor).decode()
+    def answer(
+        self,
+        kind: Callable[..., Answer],
+        items: str,
+        rows: Sequence[Any],
+        message: Callable[[Any], Any],
+        *,
+        cursor: str = "id",
+    ) -> Answer:
+        """The answer that holds the page and the next page's token.
+
+        kind, items: the answer's class and its field for the messages, of which each is made from a row. cursor: the
+        column that the rows are ordered by.
+        """
+        token = ""
+        if len(rows) > self.size:
+            last = str(rows[self.size - 1][cursor]).encode()
+            token = base64.urlsafe_b64encode(self.seal + last).decode()
+        return kind(**{items: map(message, rows[: self.size])}, next_page_token=token)
 
 
 def page_of(request: Any, call: Call, parse: Callable[[str], Cursor]) -> Page[Cursor]:

@@ -6,6 +6,7 @@
 import base64
 import binascii
 import os
+import re
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Annotated, Any, Literal, Self
 
 import platformdirs
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+
+MOST_CALLS, MOST_EXECUTIONS = 10_000_000, 1_000_000  # that a limit can be, in units a minute
 
 
 class SettingsError(Exception):
@@ -77,8 +80,8 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-class EncryptionKey(BaseModel):
-    """A key that encrypts the keys of secrets: its id and 32 bytes. Written ID:BASE64."""
+class NamedKey(BaseModel):
+    """Key material that is rotated: an id, which is stored beside what it made, and 32 bytes. Written ID:BASE64."""
 
     model_config = ConfigDict(frozen=True)
     id: str
@@ -96,14 +99,40 @@ class EncryptionKey(BaseModel):
         return cls(id=id_, key=key)
 
 
+_ISSUER = re.compile(
+    r"(?P<url>https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:/(?:(?![?#\\])[!-~])*)?)\s+(?P<audience>[!-~]+)",
+    re.ASCII,
+)
+
+
+class OidcIssuer(BaseModel):
+    """Who signs users' tokens, and for whom they have to be meant. Written URL AUDIENCE.
+
+    No URL has a "#" in it, so URL#USER names one user of one issuer.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    url: str
+    audience: str
+
+    @classmethod
+    def parse(cls, text: Any) -> Any:
+        match = _ISSUER.fullmatch(str(text))
+        if match is None or len(match["url"]) > 255:
+            raise ValueError(
+                "each issuer should be URL AUDIENCE, such as https://login.example.com relay; "
+                "the URL has no user, query or fragment, and 255 characters at most"
+            )
+        return cls(**match.groupdict())
+
+
 PostgresUrl = Annotated[SecretStr, AfterValidator(_postgres_url)]
 RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 SigningSecret = Annotated[SecretStr, AfterValidator(_signing_secret)]
 Listen = Annotated[Address, BeforeValidator(Address.parse)]
 Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], BeforeValidator(_split)]
-EncryptionKeys = Annotated[
-    tuple[Annotated[EncryptionKey, BeforeValidator(EncryptionKey.parse)], ...], BeforeValidator(_split)
-]
+NamedKeys = Annotated[tuple[Annotated[NamedKey, BeforeValidator(NamedKey.parse)], ...], BeforeValidator(_split)]
+Issuers = Annotated[tuple[Annotated[OidcIssuer, BeforeValidator(OidcIssuer.parse)], ...], BeforeValidator(_split)]
 HashKey = Annotated[SecretStr, Field(min_length=32)]
 
 
@@ -118,15 +147,34 @@ class Settings(BaseModel):
     database_public_url: PostgresUrl | None = Field(
         None, alias="DATABASE_PUBLIC_URL", description="What `relay migrate` connects to. Unset: DATABASE_URL."
     )
+    database_connections: int = Field(
+        10, alias="RELAY_DATABASE_CONNECTIONS", ge=1, le=100, description="The most connections that calls have open."
+    )
     redis_url: RedisUrl | None = Field(
         None, alias="REDIS_URL", description="Redis or Valkey, for limits that instances share. Unset: each its own."
     )
     rate_limit_enabled: bool = Field(True, alias="RATE_LIMIT_ENABLED", description="Whether calls are limited at all.")
     executions_per_minute: int = Field(
-        60, alias="RATE_LIMIT_EXEC_PER_MIN", ge=1, le=1_000_000, description="Executions a minute, per workspace."
+        60, alias="RATE_LIMIT_EXEC_PER_MIN", ge=1, le=MOST_EXECUTIONS, description="Executions a minute, per workspace."
     )
     calls_per_minute: int = Field(
-        600, alias="RELAY_RATE_LIMIT_CALLS_PER_MIN", ge=1, le=10_000_000, description="Other calls, per workspace."
+        600, alias="RELAY_RATE_LIMIT_CALLS_PER_MIN", ge=1, le=MOST_CALLS, description="Other calls, per workspace."
+    )
+    rate_limit_shadow: bool = Field(
+        False,
+        alias="RELAY_RATE_LIMIT_SHADOW",
+        description="Count and tell the limits, and refuse nothing: to try them out.",
+    )
+    oidc_issuers: Issuers = Field(
+        (),
+        alias="RELAY_OIDC_ISSUERS",
+        description="Whose users may call: URL AUDIENCE, by comma; the URL is the tokens' iss, the audience in their "
+        "aud. Unset: nobody's.",
+    )
+    trusted_proxies: Networks = Field(
+        (),
+        alias="RELAY_TRUSTED_PROXIES",
+        description="Networks whose x-forwarded-for tells who calls: CIDR, by comma. Unset: nobody's.",
     )
     actions_enabled: bool | None = Field(
         None,
@@ -185,11 +233,17 @@ class Settings(BaseModel):
     egress_allow: Networks = Field(
         (), alias="RELAY_EGRESS_ALLOW", description="Networks that deliveries may reach all the same: CIDR, by comma."
     )
-    encryption_keys: EncryptionKeys = Field(
+    encryption_keys: NamedKeys = Field(
         (),
         alias="RELAY_ENCRYPTION_KEYS",
         description="Encrypt secrets at rest: ID:BASE64 (32 bytes), by comma; the first encrypts. "
         "Unset in development: made once, in the data folder.",
+    )
+    key_peppers: NamedKeys = Field(
+        (),
+        alias="RELAY_KEY_PEPPERS",
+        description="Prove API keys that were proven before without a hash: ID:BASE64 (32 bytes), by comma; the first "
+        "is used from now on. Unset in development: made once, in the data folder.",
     )
     hash_key: HashKey | None = Field(
         None,
@@ -238,8 +292,11 @@ class Settings(BaseModel):
         problems = []
         if bool(self.webhook_url) != bool(self.actions_signing_secret):
             problems.append("WEBHOOK_URL and ACTIONS_SIGNING_SECRET: set both or neither")
-        if len({key.id for key in self.encryption_keys}) < len(self.encryption_keys):
-            problems.append("RELAY_ENCRYPTION_KEYS: two keys have the same id")
+        for name, keys in (("RELAY_ENCRYPTION_KEYS", self.encryption_keys), ("RELAY_KEY_PEPPERS", self.key_peppers)):
+            if len({key.id for key in keys}) < len(keys):
+                problems.append(f"{name}: two keys have the same id")
+        if len({issuer.url for issuer in self.oidc_issuers}) < len(self.oidc_issuers):
+            problems.append("RELAY_OIDC_ISSUERS: an issuer is there twice")
         if self.lease < 3 * self.attempt_timeout:
             problems.append("RELAY_LEASE: must be at least 3 times RELAY_ATTEMPT_TIMEOUT")
         if self.otel_enabled and not self.otel_endpoint:
@@ -265,6 +322,12 @@ class Settings(BaseModel):
             problems.append("WEBHOOK_URL: production delivers to https:// alone")
         if not self.encryption_keys:
             problems.append("RELAY_ENCRYPTION_KEYS: production needs one; `relay keygen` makes it")
+        if not self.key_peppers:
+            problems.append("RELAY_KEY_PEPPERS: production needs one; `relay keygen` makes it")
+        if any(not issuer.url.startswith("https://") for issuer in self.oidc_issuers):
+            problems.append("RELAY_OIDC_ISSUERS: production trusts https:// alone")
+        if any(network.prefixlen == 0 for network in self.trusted_proxies):
+            problems.append("RELAY_TRUSTED_PROXIES: who trusts all addresses believes every caller; name the proxies")
         if not self.hash_key:
             problems.append("RELAY_HASH_KEY: production needs one; `relay keygen` makes it")
         if not self.tls_certificate and not self.listen.is_loopback:

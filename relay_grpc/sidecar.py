@@ -149,7 +149,7 @@ class _Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         """Answers for a request that could not be parsed (400) or whose handler raised (500), and closes."""
         if status == 400:
-            logger.debug("malformed HTTP request: %s", message)
+            logger.debug("malformed HTTP request: %s", type(exc).__name__)  # its message quotes what was sent
         else:
             logger.error("%s %s failed", request.method, request.path, exc_info=exc)
         response = _error(status)

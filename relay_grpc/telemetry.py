@@ -102,12 +102,24 @@ class Metrics:
         self.attempts = counter("relay_attempts_total", "Attempts that ended.", "provider", "outcome")
         self.executions = counter("relay_executions_total", "Executions that ended.", "provider", "action", "state")
         self.executions_in_flight = gauge("relay_executions_in_flight", "Executions that this process works on.")
-        self.rate_limited = counter("relay_rate_limited_total", "Calls refused by a rate limit.", "budget")
+        self.rate_limited = counter("relay_rate_limited_total", "Calls refused by a rate limit.", "budget", "holder")
+        self.rate_limit_shadowed = counter(
+            "relay_rate_limit_shadowed_total",
+            "Calls that a rate limit would have refused if it were not in shadow mode.",
+            "budget",
+            "holder",
+        )
         self.rate_limiter_degraded = gauge(
             "relay_rate_limiter_degraded", "1 while limits are counted in this process, because Redis does not answer."
         )
+        self.instances = gauge("relay_instances", "Instances of Relay that live on this database, as this one knows.")
         self.auth_failures = counter("relay_auth_failures_total", "Calls whose credential was refused.", "reason")
+        self.oidc_readings = counter("relay_oidc_readings_total", "Times that an issuer's keys were read.", "outcome")
         self.key_hashes = counter("relay_key_hashes_total", "Argon2 hashes computed.")
+        self.changes_listening = gauge(
+            "relay_changes_listening",
+            "1 while changes of keys, roles and limits are heard of at once, 0 while they take effect within seconds.",
+        )
         self.audit_events = counter("relay_audit_events_total", "Audit events, by what became of them.", "outcome")
         self.group_commit_size = histogram(
             "relay_group_commit_size", "Writes in one group commit.", GROUP_BUCKETS, "queue"

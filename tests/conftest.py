@@ -1,8 +1,8 @@
-"""What every test may ask for: a Postgres, databases, a running Relay, and a receiver."""
+"""What every test may ask for: a Postgres, databases, a running Relay, a receiver, and how much it may take."""
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import asyncpg
@@ -11,6 +11,32 @@ import pytest
 from relay_grpc.embedded import EmbeddedPostgres
 from relay_grpc.schema import migrate
 from tests.harness import TEMPLATE, Databases, Receiver, Relay, receiving, running, settings_for
+
+FIGURES = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked long with their full counts")
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether tests marked long take their full counts, in minutes, instead of those for every run, in seconds."""
+    return bool(request.config.getoption("--long"))
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Says what a test measured, in the summary of the run."""
+    figures = request.config.stash.setdefault(FIGURES, [])
+    return lambda text: figures.append(f"{request.node.name}: {text}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if figures := config.stash.get(FIGURES, []):
+        terminalreporter.section("figures")
+        for line in figures:
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")

@@ -55,19 +55,28 @@ class Action:
     def canonical(self, parameters: Mapping[str, Any]) -> str:
         """The parameters as canonical JSON (RFC 8785), once they fit the bounds and the schema.
 
-        Raises InvalidRequest naming every field that does not.
+        Raises InvalidRequest naming every field that does not, in the schema's words: a name that is none of them may
+        be a secret as well as a value.
         """
         _bound(parameters)
-        violations = [
-            (".".join(("parameters", *map(str, error.instance_path))), error.message)
-            for error in self._validator.iter_errors(parameters)
-        ]
+        violations = [self._violation(error) for error in self._validator.iter_errors(parameters)]
         if violations:
             raise errors.InvalidRequest(violations)
         text = rfc8785.dumps(dict(parameters)).decode()
         if len(text.encode()) > MAX_PARAMETERS_BYTES:
             raise errors.InvalidRequest([("parameters", f"more than {MAX_PARAMETERS_BYTES} bytes of canonical JSON")])
         return text
+
+    def _violation(self, error: Any) -> tuple[str, str]:
+        path = [str(part) if isinstance(part, int) or part in self.names else "*" for part in error.instance_path]
+        problem = error.message
+        if error.kind.name in _ABOUT_NAMES:
+            problem = f"has a field that {self.name} does not know; it knows {', '.join(sorted(self.names))}"
+        return ".".join(("parameters", *path)), problem
+
+
+# Rules whose messages quote names that the caller chose.
+_ABOUT_NAMES = {"additionalProperties", "unevaluatedProperties", "propertyNames"}
 
 
 def _names(schema: Any) -> Iterator[str]:

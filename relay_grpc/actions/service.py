@@ -52,10 +52,12 @@ class ActionsService:
         actions = sorted(
             (action for action in CATALOGUE if action.name > (page.cursor or "")), key=lambda action: action.name
         )
-        rows, next_page_token = page.cut([{"id": action.name, "action": action} for action in actions[: page.fetch]])
-        return actions_pb2.ListActionsResponse(
-            actions=[messages.action(row["action"], self._why_disabled(row["action"])) for row in rows],
-            next_page_token=next_page_token,
+        return page.answer(
+            actions_pb2.ListActionsResponse,
+            "actions",
+            [{"name": action.name, "action": action} for action in actions],
+            lambda row: messages.action(row["action"], self._why_disabled(row["action"])),
+            cursor="name",
         )
 
     async def Preview(self, request: Any, call: Call) -> actions_pb2.Preview:
@@ -151,10 +153,7 @@ class ActionsService:
                 before=page.cursor,
                 limit=page.fetch,
             )
-        rows, next_page_token = page.cut(rows)
-        return actions_pb2.ListExecutionsResponse(
-            executions=map(messages.execution, rows), next_page_token=next_page_token
-        )
+        return page.answer(actions_pb2.ListExecutionsResponse, "executions", rows, messages.execution)
 
     async def ListAttempts(self, request: Any, call: Call) -> actions_pb2.ListAttemptsResponse:
         page = page_of(request, call, _number)
@@ -164,8 +163,7 @@ class ActionsService:
             rows = await store.list_attempts(
                 connection, call.workspace_id, execution_id, after=page.cursor or 0, limit=page.fetch
             )
-        rows, next_page_token = page.cut(rows, "number")
-        return actions_pb2.ListAttemptsResponse(attempts=map(messages.attempt, rows), next_page_token=next_page_token)
+        return page.answer(actions_pb2.ListAttemptsResponse, "attempts", rows, messages.attempt, cursor="number")
 
     def _why_disabled(self, action: Action) -> str:
         """Empty: the action is enabled here."""

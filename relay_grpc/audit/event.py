@@ -83,7 +83,7 @@ def of_call(call: Call, status: Outcome = Outcome.SUCCESS, reason: str = "") -> 
         principal = call.principal
         event.workspace_id = principal.workspace_id
         event.actor_type = ActorType.API_KEY if principal.type is PrincipalType.API_KEY else ActorType.USER
-        event.actor_id, event.actor_name = principal.id, principal.name
+        event.actor_id, event.actor_name = principal.actor, principal.name
     return event
 
 

@@ -33,8 +33,7 @@ class AuditService:
                 before=page.cursor,
                 limit=page.fetch,
             )
-        rows, next_page_token = page.cut(rows)
-        return audit_pb2.ListEventsResponse(events=map(event_message, rows), next_page_token=next_page_token)
+        return page.answer(audit_pb2.ListEventsResponse, "events", rows, event_message)
 
 
 def event_message(row: asyncpg.Record) -> audit_pb2.Event:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from relay_grpc.cli import actions, audit, connections, database, executions, keys, server
+from relay_grpc.cli import actions, audit, connections, database, executions, keys, limits, roles, server
 from relay_grpc.cli.client import Target
 from relay_grpc.cli.failures import EPILOG, Failure
 
@@ -24,8 +24,9 @@ app = typer.Typer(
 
 for command in (server.serve, server.demo, database.migrate, database.bootstrap, database.keygen):
     app.command(rich_help_panel=SERVER)(command)
+app.add_typer(limits.app, name="limits", rich_help_panel=SERVER)
 app.command(rich_help_panel=API)(keys.whoami)
-for group in (keys, connections, actions, executions, audit):
+for group in (keys, roles, connections, actions, executions, audit):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2], rich_help_panel=API)
 
 
@@ -52,6 +53,24 @@ def relay(
             rich_help_panel=CONNECTING,
         ),
     ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELAY_TOKEN",
+            metavar="TOKEN",
+            help="Your token, if you sign in as a user instead.",
+            rich_help_panel=CONNECTING,
+        ),
+    ] = None,
+    workspace: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELAY_WORKSPACE",
+            metavar="ID",
+            help="The workspace, if you have a role in several.",
+            rich_help_panel=CONNECTING,
+        ),
+    ] = None,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -69,7 +88,7 @@ def relay(
     ] = False,
 ) -> None:
     """Relay: the door a backend goes through before it does something it can't take back."""
-    ctx.obj = Target(address, api_key, insecure, as_json)
+    ctx.obj = Target(address, api_key or None, token or None, workspace or None, insecure, as_json)
 
 
 def main() -> None:

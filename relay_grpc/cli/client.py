@@ -1,4 +1,4 @@
-"""Which server a command speaks to, and with which key."""
+"""Which server a command speaks to, and as whom."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +19,8 @@ class Target:
 
     address: str
     api_key: str | None = field(repr=False)
+    token: str | None = field(repr=False)
+    workspace: str | None
     insecure: bool
     as_json: bool
 
@@ -39,15 +41,11 @@ def connected(ctx: typer.Context) -> Iterator["Relay"]:
     from relay.errors import RelayError
 
     target: Target = ctx.obj
-    api_key = target.api_key or _development_key(target.address)
-    if not api_key:
-        raise Failure(
-            "no API key: set RELAY_API_KEY or give --api-key",
-            "a development server on this machine writes one when 'relay serve' starts first",
-            code=ExitCode.DENIED,
-        )
+    api_key, token = _credential(target)
     try:
-        with connect(target.address, api_key=api_key, insecure=target.insecure) as relay:
+        with connect(
+            target.address, api_key=api_key, token=token, workspace=target.workspace, insecure=target.insecure
+        ) as relay:
             yield relay
     except RelayError as error:
         raise of_call(error, target.address, local=_is_local(target.address)) from error
@@ -55,6 +53,24 @@ def connected(ctx: typer.Context) -> Iterator["Relay"]:
         raise Failure("a value is not text that UTF-8 can carry", code=ExitCode.USAGE) from error
     except ValueError as error:  # what can't be a target, a key or a field of a request
         raise Failure(str(error), code=ExitCode.USAGE) from error
+
+
+def _credential(target: Target) -> tuple[str, None] | tuple[None, str]:
+    """The API key or else the token that `connect` is to be given."""
+    if target.api_key and target.token:
+        raise Failure(
+            "an API key and a token: set one of RELAY_API_KEY and RELAY_TOKEN, or empty the other", code=ExitCode.USAGE
+        )
+    if target.token:
+        return None, target.token
+    api_key = target.api_key or _development_key(target.address)
+    if not api_key:
+        raise Failure(
+            "no API key and no token: set RELAY_API_KEY or RELAY_TOKEN, or give --api-key or --token",
+            "a development server on this machine writes a key when 'relay serve' starts first",
+            code=ExitCode.DENIED,
+        )
+    return api_key, None
 
 
 def _is_local(address: str) -> bool:

@@ -14,9 +14,10 @@ EPILOG = """\
 Exit codes:
 
 0  done, or an execution is recorded and goes on
-1  the action ended otherwise than in success, or something else failed
+1  the action ended otherwise than in success, the key to verify is not valid,
+   or something else failed
 2  the command, its values or the settings are wrong
-3  no valid API key, or one that may not do this
+3  no valid API key or token, or one that may not do this
 4  no such resource in the workspace
 5  refused: the name is taken, or the state it needs is not there
 6  a rate limit is spent: try again later
@@ -86,7 +87,7 @@ def _sentence(error: "RelayError", address: str, local: bool) -> str:
     if error.reason == "UNAVAILABLE":
         return f"no Relay answers at {address} ({error.message}); --insecure is for servers without TLS"
     if error.reason == "CREDENTIALS_INVALID":
-        return "the API key is unknown, expired or revoked; check RELAY_API_KEY or --api-key"
+        return "the API key or token is unknown, expired or revoked; check RELAY_API_KEY or RELAY_TOKEN"
     if error.reason == "DEADLINE_EXCEEDED":
         return f"{address} gave no answer in time"
     if error.violations:

@@ -32,6 +32,11 @@ _STYLES = {
     "egress_refused": "red",
     "interrupted": "red",
     "unsendable": "red",
+    "valid": "green",
+    "not_found": "red",
+    "revoked": "red",
+    "expired": "red",
+    "insufficient_scopes": "yellow",
 }
 
 
@@ -93,6 +98,8 @@ def listing(headings: Sequence[str], rows: Iterable[Sequence[str | Text]], *, no
     for heading in headings:
         if heading == "ID":
             table.add_column(heading, min_width=UUID_LENGTH, no_wrap=True)
+        elif heading == "USER":  # often a UUID too
+            table.add_column(heading, min_width=UUID_LENGTH, overflow="fold")
         else:
             table.add_column(heading, overflow="fold")
     for row in rows:

@@ -1,6 +1,7 @@
 """Running a server in this process, on an embedded PostgreSQL unless DATABASE_URL names another."""
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -22,7 +23,6 @@ from relay_grpc.schema import migrate
 from relay_grpc.settings import Settings
 
 ALIVE_SECONDS = 0.5  # how often the embedded server is looked at
-POSTGRES = "postgres"  # the embedded server's folder in the data folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def _ready(settings: Settings) -> Iterator[Ready]:
             settings = datafolder.with_key_material(settings)
         yield Ready(settings, url.get_secret_value(), lambda: True, {})
         return
-    with EmbeddedPostgres(settings.data_dir / POSTGRES) as postgres:
+    with EmbeddedPostgres(settings.data_dir / datafolder.POSTGRES) as postgres:
         settings = datafolder.with_key_material(settings)
         migrate(postgres.url())
         credentials = settings.data_dir / datafolder.CREDENTIALS
@@ -84,6 +84,7 @@ async def _serve(ready: Ready, job: Callable[[Ready, App], Awaitable[Any]], *, o
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     async with serving(ready.settings, ready.database_url) as app:
+        gc.freeze()  # what a server is made of stays: looking through it for garbage would stop the loop for 0.1 s
         stopped = asyncio.create_task(stop.wait())
         doing = asyncio.ensure_future(job(ready, app))
         try:
@@ -93,9 +94,8 @@ async def _serve(ready: Ready, job: Callable[[Ready, App], Awaitable[Any]], *, o
                 if doing.done():
                     doing.result()
                 if not ready.database_lives():
-                    raise DatabaseUnusable(
-                        f"the embedded PostgreSQL has ended; see server.log in {ready.settings.data_dir / POSTGRES}"
-                    )
+                    folder = ready.settings.data_dir / datafolder.POSTGRES
+                    raise DatabaseUnusable(f"the embedded PostgreSQL has ended; see server.log in {folder}")
         finally:
             for task in (doing, stopped):
                 task.cancel()

@@ -50,7 +50,7 @@ class Vault:
             return _decrypt(AESGCM(key), sealed.ciphertext, binding)
         except KeyError:
             raise Undecryptable(f"no encryption key is called {sealed.encryption_key_id!r} here") from None
-        except InvalidTag as error:
+        except (InvalidTag, ValueError) as error:  # ValueError: what is left of it is too short to be one
             raise Undecryptable("the secret does not belong to this key, workspace and connection") from error
 
 

@@ -65,16 +65,8 @@ class ConnectionsService:
     async def ListConnections(self, request: Any, call: Call) -> connections_pb2.ListConnectionsResponse:
         page = page_of(request, call, UUID)
         async with self._db.workspace(call.workspace_id) as connection:
-            rows = await store.list_(
-                connection,
-                call.workspace_id,
-                before=page.cursor,
-                limit=page.fetch,
-            )
-        rows, next_page_token = page.cut(rows)
-        return connections_pb2.ListConnectionsResponse(
-            connections=map(connection_message, rows), next_page_token=next_page_token
-        )
+            rows = await store.list_(connection, call.workspace_id, before=page.cursor, limit=page.fetch)
+        return page.answer(connections_pb2.ListConnectionsResponse, "connections", rows, connection_message)
 
 
 def connection_message(row: asyncpg.Record) -> connections_pb2.Connection:

@@ -9,8 +9,8 @@ from relay_grpc.audit.recorder import Recorder
 from relay_grpc.call import Call, Method
 from relay_grpc.interceptors.base import Handler, Layer
 
-REFUSALS = (errors.Unauthenticated, errors.PermissionDenied, errors.RateLimited)
-COUNTED = (errors.Unauthenticated, errors.RateLimited)  # anybody can cause any number of them
+COUNTED = (errors.Unauthenticated, errors.Throttled, errors.RateLimited)  # anybody can cause any number of them
+REFUSALS = (errors.PermissionDenied, *COUNTED)
 
 
 def audit(recorder: Recorder) -> Layer:
@@ -18,12 +18,11 @@ def audit(recorder: Recorder) -> Layer:
         async def audited(call: Call, request: Any) -> Any:
             try:
                 answer = await handler(call, request)
-            except COUNTED as refusal:
-                recorder.count(of_call(call, Outcome.DENIED, refusal.reason))
-                raise
             except errors.RelayError as error:
                 denied = isinstance(error, REFUSALS)
-                if call.is_authenticated and (denied or method.audited) and not call.recorded:
+                if isinstance(error, COUNTED) or (denied and not call.is_authenticated):
+                    recorder.count(of_call(call, Outcome.DENIED, error.reason))
+                elif call.is_authenticated and (denied or method.audited) and not call.recorded:
                     await recorder.write(of_call(call, Outcome.DENIED if denied else Outcome.FAILED, error.reason))
                 raise
             except asyncio.CancelledError:

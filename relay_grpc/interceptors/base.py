@@ -16,11 +16,12 @@ import grpc
 from relay_grpc import errors
 from relay_grpc.call import Call, Method
 from relay_grpc.interceptors import status
+from relay_grpc.interceptors.peer import Network, address_of
 
 Handler = Callable[[Call, Any], Awaitable[Any]]
 Layer = Callable[[Method, Handler], Handler]
 Servicer = Any  # an object whose methods are named like the service's RPCs and take (request, call)
-_REQUEST_ID = re.compile(r"[0-9A-Za-z._-]{1,64}")
+_REQUEST_ID = re.compile(r"(?!rk_)[0-9A-Za-z._-]{1,64}")  # an API key in the wrong place is not to be logged
 
 
 def compose(layers: Sequence[Layer], method: Method, handler: Handler) -> Handler:
@@ -29,9 +30,17 @@ def compose(layers: Sequence[Layer], method: Method, handler: Handler) -> Handle
 
 
 def register(
-    server: grpc.aio.Server, methods: Mapping[str, Method], servicers: Mapping[str, Servicer], layers: Sequence[Layer]
+    server: grpc.aio.Server,
+    methods: Mapping[str, Method],
+    servicers: Mapping[str, Servicer],
+    layers: Sequence[Layer],
+    *,
+    proxies: Sequence[Network] = (),
 ) -> None:
-    """Serves the methods. servicers: by service name; a method that its servicer lacks answers UNIMPLEMENTED."""
+    """Serves the methods. servicers: by service name; a method that its servicer lacks answers UNIMPLEMENTED.
+
+    proxies: whose word on where a call comes from is believed.
+    """
     handlers: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
     for method in methods.values():
         handler = compose(layers, method, _innermost(method, servicers[method.service]))
@@ -39,7 +48,7 @@ def register(
         service = method.path.split("/")[1]
         # Requests stay bytes until the validation layer, so that one that can't be parsed is an error like any other.
         handlers.setdefault(service, {})[method.rpc] = kind(
-            _adapter(method, handler), response_serializer=method.output_type.SerializeToString
+            _adapter(method, handler, proxies), response_serializer=method.output_type.SerializeToString
         )
     for service, by_name in handlers.items():
         server.add_registered_method_handlers(service, by_name)
@@ -63,15 +72,16 @@ def _innermost(method: Method, servicer: Servicer) -> Handler:
     return stream if method.streams else unary
 
 
-def _adapter(method: Method, handler: Handler) -> Callable[[bytes, Any], Awaitable[Any]]:
+def _adapter(method: Method, handler: Handler, proxies: Sequence[Network]) -> Callable[[bytes, Any], Awaitable[Any]]:
     async def serve(request: bytes, context: Any) -> Any:
-        metadata = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+        received = context.invocation_metadata()
+        metadata = {key: value for key, value in received if isinstance(value, str)}
         remaining = context.time_remaining()
         request_id = metadata.get("x-request-id", "")
         call = Call(
             method=method,
             metadata=metadata,
-            peer=_host(context.peer()),
+            peer=address_of(context.peer(), received, proxies),
             request_id=request_id if _REQUEST_ID.fullmatch(request_id) else secrets.token_hex(16),
             deadline=float("inf") if remaining is None else time.monotonic() + remaining,
             send=context.write,
@@ -81,11 +91,3 @@ def _adapter(method: Method, handler: Handler) -> Callable[[bytes, Any], Awaitab
         return answer
 
     return serve
-
-
-def _host(peer: str) -> str:
-    """The address of a gRPC peer: "ipv4:127.0.0.1:4711" and "ipv6:%5B::1%5D:4711" without kind and port."""
-    kind, _, address = peer.partition(":")
-    if kind not in ("ipv4", "ipv6"):
-        return kind
-    return address.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")

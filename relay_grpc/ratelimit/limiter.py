@@ -1,52 +1,35 @@
 """Who counts the budgets: Redis for all instances together, or this process by itself where Redis is absent or lost."""
 
 import asyncio
-import hashlib
-import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from importlib.resources import files
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from redis.asyncio import Connection
 from redis.asyncio.connection import parse_url
 from redis.crc import key_slot
-from redis.exceptions import AskError, MovedError, NoScriptError, RedisError
-from redis.exceptions import ConnectionError as NotConnected
+from redis.exceptions import MovedError, RedisError
 
-from relay_grpc.ratelimit.window import MINUTE, Decision, Window, decide, spend
+from relay_grpc.ratelimit.node import KEY_PREFIX, Node
+from relay_grpc.ratelimit.window import Charge, Decision, Window, decide, merged, share, spend
 
-ANSWER_TIMEOUT = 0.05  # seconds that a lost or frozen Redis may cost a call
-CONNECT_TIMEOUT = 1.0  # seconds for TCP, TLS and AUTH; no call waits for them beyond ANSWER_TIMEOUT
-RECONNECT_INTERVAL = 0.5  # seconds
-BATCH = 256  # commands in a round trip: about 3 ms of the server's time, so that ANSWER_TIMEOUT means what it says
-
-SCRIPT = files(__package__).joinpath("window.lua").read_text()
-SCRIPT_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
-KEY_PREFIX = "relay:limit:"
-# Leaves the script with the server, and writes, so that one that is read-only, full or loading doesn't count as back.
-PROBE = ("EVAL", SCRIPT, 1, f"{KEY_PREFIX}probe", 1, 1_000_000_000)
+UNUSED = Window()
+ANSWER_TIMEOUT = 0.04  # seconds that a lost or frozen Redis may cost a call; 50 ms with what comes around it
 
 # Over what the URL says. The timeouts are kept here: redis-py would set a timer for every command.
 OPTIONS = {"protocol": 2, "driver_info": None, "socket_timeout": None, "socket_connect_timeout": None}
-
-Command = tuple[str | int, ...]
-Request = tuple[Command, asyncio.Future[list[int]]]
-
-logger = logging.getLogger(__name__)
 
 
 class Limiter(Protocol):
     """Counts what each subject spends per minute. tests/ratelimit/test_limiter.py is the contract."""
 
     degraded: bool
-    """Whether the latest decision was made without the Redis that there should be."""
+    """Whether the latest decision was made without the Redis that there should be, and Redis is not back since."""
 
-    async def spend(self, subject: str, cost: int, limit: int) -> Decision:
-        """Takes `cost` units from the subject's `limit` per minute, or refuses; cost 0 reads the numbers. Never raises.
+    async def spend(self, charges: Sequence[Charge]) -> Decision:
+        """Takes the units of every charge, or refuses and takes none. Never raises.
 
-        subject: what is limited and whose it is, such as "executions:WORKSPACE_ID". cost, limit: see window.spend.
+        charges: one or more, of different subjects with one hash tag. A cost of 0 reads the numbers.
         """
 
     async def close(self) -> None:
@@ -54,9 +37,11 @@ class Limiter(Protocol):
 
 
 class LocalLimiter:
-    """Counts in this process, which grants its share of each limit: limit / instances, at least one unit.
+    """Counts in this process, which grants its share of each limit: limit / instances.
 
-    It uses the window that Redis uses, and not a token bucket: one behaviour, and no burst on top of the limit.
+    A share is at least one unit, so that nobody is locked out: of a limit below the number of instances, as many units
+    are granted as there are instances. The window is the one of Redis and not a token bucket: one behaviour, and no
+    burst on top of the limit.
     instances: how many instances of Relay are alive. clock: seconds since the epoch.
     A subject is forgotten after a minute of rest, so the memory follows the subjects of the last two minutes.
     """
@@ -66,27 +51,58 @@ class LocalLimiter:
     def __init__(self, instances: Callable[[], int] = lambda: 1, clock: Callable[[], float] = time.time) -> None:
         self._instances = instances
         self._clock = clock
+        self._spent = _Windows()  # here
+        self._noted = _Windows()  # by all instances together
+
+    async def spend(self, charges: Sequence[Charge]) -> Decision:
+        instances = max(1, self._instances())
+        if instances > 1:
+            charges = [charge._replace(limit=_limit(charge.limit, instances)) for charge in charges]
+        before = [self._window(charge.subject, instances) for charge in charges]
+        after, decision = spend(int(self._clock() * 1000), before, charges)
+        for charge, window in zip(charges, after, strict=True):
+            self._spent.keep(charge.subject, window)
+        return decision
+
+    def note(self, charges: Sequence[Charge], windows: Sequence[Window]) -> None:
+        """Notes what all instances spent, as Redis told it: if it is lost, it is what is left that they share."""
+        for charge, window in zip(charges, windows, strict=True):
+            self._noted.keep(charge.subject, window)
+
+    async def close(self) -> None:
+        pass
+
+    def _window(self, subject: str, instances: int) -> Window:
+        spent, noted = self._spent.of(subject), self._noted.of(subject)
+        return spent if noted is UNUSED else merged(spent, share(noted, instances))
+
+
+class _Windows:
+    """The windows of the subjects that were seen in this minute or the one before; the others are forgotten."""
+
+    def __init__(self) -> None:
         self._minute = 0
         self._recent: dict[str, Window] = {}  # seen in this minute
         self._older: dict[str, Window] = {}  # not since the minute before
 
-    async def spend(self, subject: str, cost: int, limit: int) -> Decision:
-        now = int(self._clock() * 1000)
-        if now // MINUTE != self._minute:
-            self._minute, self._recent, self._older = now // MINUTE, {}, self._recent
-        before = self._recent.get(subject) or self._older.get(subject) or Window()
-        share = min(limit, max(1, limit // max(1, self._instances())))
-        self._recent[subject], decision = spend(now, before, cost, share)
-        return decision
+    def of(self, subject: str) -> Window:
+        return self._recent.get(subject) or self._older.get(subject, UNUSED)
 
-    async def close(self) -> None:
-        pass
+    def keep(self, subject: str, window: Window) -> None:
+        if window.minute - self._minute not in (-1, 0):  # a clock that steps back over the boundary makes no new minute
+            self._minute, self._recent, self._older = window.minute, {}, self._recent
+        self._recent[subject] = window
+
+
+def _limit(limit: int, instances: int) -> int:
+    return min(limit, max(1, limit // instances))
 
 
 class RedisLimiter:
     """Counts in Redis 5 or later, Valkey, or a cluster of either, for all instances together.
 
-    While Redis is lost or frozen `fallback` decides, so that no limit is ever lifted; Redis is tried again by itself.
+    While Redis is lost or frozen `fallback` decides, from what Redis said last: no limit is ever lifted, nor granted
+    anew. Redis is tried again by itself.
     Only the calls that are under way when Redis is lost wait for it, and for `answer_timeout` seconds at most.
     Construct it in a running event loop. A Redis that can't be reached is logged; a URL that can't be read raises
     ValueError, whose text doesn't repeat the URL, for its password.
@@ -104,146 +120,52 @@ class RedisLimiter:
             ) from None
         self._fallback = fallback
         self._answer_timeout = answer_timeout
-        self._seed = _Node(connection, answer_timeout)
-        self._nodes: dict[tuple[str, int], _Node] = {}  # of a cluster; one that leaves it is tried until the restart
-        self._owners: dict[int, _Node] = {}  # of the slots of a cluster
+        self._seed = Node(connection, answer_timeout, self._back)
+        address = (self._options.get("host", "localhost"), self._options.get("port", 6379))
+        self._nodes = {address: self._seed}  # more of them in a cluster; one that leaves it is tried until the restart
+        self._owners: dict[int, Node] = {}  # of the slots of a cluster
         self.degraded = False
 
-    async def spend(self, subject: str, cost: int, limit: int) -> Decision:
+    async def spend(self, charges: Sequence[Charge]) -> Decision:
+        keys = [KEY_PREFIX + charge.subject for charge in charges]
+        arguments = [number for charge in charges for number in (charge.cost, charge.limit)]
         try:
-            now, minute, current, previous, allowed = await self._run_script(KEY_PREFIX + subject, cost, limit)
+            now, allowed, *numbers = await self._run_script(keys, arguments)
         except RedisError:
             self.degraded = True
-            return await self._fallback.spend(subject, cost, limit)
+            return await self._fallback.spend(charges)
         self.degraded = False
-        return decide(now, Window(minute, current, previous), cost, limit, allowed=bool(allowed))
+        windows = [Window(*numbers[at : at + 3]) for at in range(0, len(numbers), 3)]
+        self._fallback.note(charges, windows)
+        return decide(now, windows, charges, allowed=bool(allowed))
 
     async def close(self) -> None:
-        await asyncio.gather(*(node.close() for node in (self._seed, *self._nodes.values())))
+        await asyncio.gather(*(node.close() for node in self._nodes.values()))
 
-    async def _run_script(self, key: str, cost: int, limit: int) -> list[int]:
-        command = ("EVALSHA", SCRIPT_SHA, 1, key, cost, limit)
-        slot = key_slot(key.encode())
+    async def _run_script(self, keys: list[str], arguments: list[int]) -> list[int]:
+        slot = key_slot(keys[0].encode())
         try:
-            return await self._owners.get(slot, self._seed).ask(command)
+            return await (self._owners.get(slot) or self._entry()).run_script(keys, arguments)
         except MovedError as moved:
             if "path" in self._options:
                 raise  # a cluster is not reached by a unix socket
             owner = self._owners[slot] = self._node(moved.host or self._options.get("host", "localhost"), moved.port)
-            return await owner.ask(command)
+            return await owner.run_script(keys, arguments)
         except RedisError:
-            self._owners.pop(slot, None)  # the seed knows who took the slot over
+            self._owners.pop(slot, None)  # the others know who took the slot over
             raise
 
-    def _node(self, host: str, port: int) -> "_Node":
+    def _entry(self) -> Node:
+        """Whom to ask for a slot: the seed, or while it is lost any other node, for each knows them all."""
+        if self._seed.up:
+            return self._seed
+        return next((node for node in self._nodes.values() if node.up), self._seed)
+
+    def _node(self, host: str, port: int) -> Node:
         if (host, port) not in self._nodes:
             connection = self._connection_class(**{**self._options, "host": host, "port": port})
-            self._nodes[host, port] = _Node(connection, self._answer_timeout)
+            self._nodes[host, port] = Node(connection, self._answer_timeout, self._back)
         return self._nodes[host, port]
 
-
-class _Node:
-    """One server behind one connection, on which concurrent requests travel together.
-
-    What is asked while a round trip is under way leaves with the next one: there is no timer and no waiting to fill.
-    """
-
-    def __init__(self, connection: Any, answer_timeout: float) -> None:
-        self._connection = connection
-        self._answer_timeout = answer_timeout
-        self._name = getattr(connection, "path", None) or f"{connection.host}:{connection.port}"
-        self._waiting: list[Request] = []  # unanswered, those under way first
-        self._asked = asyncio.Event()
-        self._tried = asyncio.Event()
-        self._lost = False
-        self._task = asyncio.create_task(self._run())
-
-    async def ask(self, command: Command) -> list[int]:
-        """Raises MovedError where a cluster keeps the key elsewhere, any other RedisError where there is no answer."""
-        if not self._tried.is_set():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._answer_timeout):
-                    await self._tried.wait()
-        if self._lost or not self._tried.is_set():
-            raise NotConnected
-        future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((command, future))
-        self._asked.set()
-        return await future
-
-    async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.wait({self._task})
-        await self._lose()
-
-    async def _run(self) -> None:
-        while True:
-            try:
-                await self._serve()
-            except Exception as error:  # whatever it is: no call may be left waiting
-                if not self._lost:
-                    logger.warning(
-                        "Redis at %s is lost: each instance counts the limits by itself (%r)", self._name, error
-                    )
-                await self._lose()
-            await asyncio.sleep(RECONNECT_INTERVAL)
-
-    async def _lose(self) -> None:
-        self._lost = True
-        self._tried.set()
-        unanswered, self._waiting = self._waiting, []
-        for _, future in unanswered:
-            if not future.done():
-                future.set_exception(NotConnected())
-        await self._connection.disconnect(nowait=True)
-
-    async def _serve(self) -> None:
-        """Connects and answers until something fails."""
-        async with asyncio.timeout(CONNECT_TIMEOUT):
-            await self._connection.connect()
-        await self._exchange([PROBE])
-        if self._lost:
-            logger.info("Redis at %s is back, limits are shared by all instances", self._name)
-        self._lost = False
-        self._tried.set()
-        while True:
-            await self._asked.wait()
-            self._asked.clear()
-            while self._waiting:
-                await self._answer(self._waiting[:BATCH])
-
-    async def _answer(self, batch: list[Request]) -> None:
-        replies = await self._exchange([command for command, _ in batch])
-        again: list[Request] = []
-        for (command, future), reply in zip(batch, replies, strict=True):
-            if isinstance(reply, NoScriptError):
-                again.append((("EVAL", SCRIPT, *command[2:]), future))
-            elif future.done():  # its caller has gone
-                continue
-            elif isinstance(reply, AskError):
-                future.set_exception(reply)
-            else:
-                future.set_result(reply)
-        self._waiting[: len(batch)] = again
-
-    async def _exchange(self, commands: list[Command]) -> list[Any]:
-        """One round trip."""
-        pipeline = asyncio.create_task(self._pipeline(commands))
-        try:
-            # asyncio.timeout() would also fire where the answer came in time and it was this process that was held up.
-            await asyncio.wait({pipeline}, timeout=self._answer_timeout)
-            if not pipeline.done():
-                raise TimeoutError(f"no answer within {self._answer_timeout * 1000:.0f} ms")
-            return pipeline.result()
-        finally:
-            pipeline.cancel()
-
-    async def _pipeline(self, commands: list[Command]) -> list[Any]:
-        await self._connection.send_packed_command(self._connection.pack_commands(commands))
-        replies: list[Any] = []
-        for _ in commands:
-            try:
-                replies.append(await self._connection.read_response())
-            except (NoScriptError, AskError) as error:  # concerns one command; any other error the whole server
-                replies.append(error)
-        return replies
+    def _back(self) -> None:
+        self.degraded = False

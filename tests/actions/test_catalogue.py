@@ -90,6 +90,7 @@ def test_canonical_json_is_that_of_the_rfc() -> None:
         ({"payload": {}, "method": "secret"}, "parameters.method"),
         ({"payload": {}, "method": None}, "parameters.method"),
         ({"payload": {}, "url": "secret"}, "parameters"),
+        ({"payload": {}, "secret": 1}, "parameters"),
     ],
     ids=str,
 )

@@ -37,10 +37,13 @@ def test_what_is_sealed_is_opened_where_it_belongs_and_nowhere_else() -> None:
 
 
 @pytest.mark.parametrize("column", ["wrapped_key", "ciphertext"])
-def test_every_changed_byte_is_noticed(column: str) -> None:
+def test_every_changed_or_missing_byte_is_noticed(column: str) -> None:
     vault = new_vault("k1")
     sealed = vault.seal(SECRET, **PLACE)
     value: bytes = getattr(sealed, column)
+    for i in range(len(value)):
+        with pytest.raises(Undecryptable):
+            vault.open(replace(sealed, **{column: value[:i]}), **PLACE)  # type: ignore[arg-type]
     for i in range(len(value)):
         changed = replace(sealed, **{column: value[:i] + bytes([value[i] ^ 1]) + value[i + 1 :]})  # type: ignore[arg-type]
         with pytest.raises(Undecryptable):

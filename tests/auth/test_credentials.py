@@ -1,15 +1,12 @@
-"""How a key is presented, and what the key that is made with another may do."""
+"""How a key is presented, and what its role makes of it."""
 
 import pytest
-from google.rpc import error_details_pb2
 from relay.v1 import auth_pb2
 
 from relay_grpc.auth import scopes
 from tests.auth.forgery import forged
 from tests.harness import Relay
-from tests.rpc.wire import Answer, Wire, wired
-
-CREATE = "AuthService.CreateApiKey"
+from tests.rpc.wire import wired
 
 
 @pytest.mark.parametrize(
@@ -47,45 +44,14 @@ async def test_the_caller_is_told_who_it_is(relay: Relay) -> None:
     assert not me.HasField("expire_time")
 
 
-async def create(wire: Wire, role: str, *kept: str) -> Answer:
-    return await wire.call(CREATE, auth_pb2.CreateApiKeyRequest(name="made", role=role, scopes=kept))
-
-
-async def test_a_key_is_never_given_more_than_its_maker_holds(relay: Relay) -> None:
-    async with relay.connect(relay.tenant.admin) as client:
-        maker = await client.auth.create_api_key("maker", "admin", scopes=["keys:write", "actions:read"])
-    assert maker.scopes == ["actions:read", "keys:write"]
-    async with wired(relay, maker.secret) as wire:
-        for role, kept, missing in (
-            ("viewer", (), "actions:preview connections:read"),
-            ("viewer", ("actions:preview",), "actions:preview"),
-            ("admin", ("keys:write", "keys:read"), "keys:read"),
-            ("admin", (), " ".join(sorted(scopes.SCOPES - {"keys:write", "actions:read"}))),
-        ):
-            answer = await create(wire, role, *kept)
-            assert (answer.code, answer.reason) == ("PERMISSION_DENIED", "CEILING_EXCEEDED")
-            assert answer.detail(error_details_pb2.ErrorInfo).metadata["missing_scopes"] == missing
-        made = (await create(wire, "viewer", "actions:read")).reply
-        assert made.scopes == ["actions:read"]
-        assert made.creator == maker.id
-
-
-async def test_a_key_keeps_scopes_of_its_own_role_alone(relay: Relay) -> None:
-    async with wired(relay) as wire:
-        answer = await create(wire, "viewer", "actions:read", "keys:write")
-        assert (answer.code, set(answer.violations)) == ("INVALID_ARGUMENT", {"scopes"})
-        answer = await create(wire, "no-such-role")
-        assert (answer.code, answer.reason) == ("NOT_FOUND", "RESOURCE_NOT_FOUND")
-
-
-async def test_the_secret_of_a_key_is_in_no_later_answer(relay: Relay) -> None:
-    async with relay.connect(relay.tenant.admin) as client:
-        made = await client.auth.create_api_key("once", "viewer")
-        assert made.secret.split("_")[2] == made.public_id
-        assert not any([key.secret async for key in client.auth.list_api_keys()])
-        assert not (await client.auth.revoke_api_key(made.id)).secret
-
-
 def test_a_role_that_nobody_knows_allows_nothing() -> None:
-    assert scopes.effective("owner", []) == scopes.effective("owner", ["keys:read"]) == frozenset()
-    assert scopes.effective("viewer", ["keys:write", "actions:read"]) == {"actions:read"}
+    assert scopes.of_role("owner", None, None) == frozenset()
+
+
+def test_a_built_in_role_that_shrinks_takes_what_narrows_it_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scopes.of_role("own", "viewer", ["actions:read", "connections:read"]) == {"actions:read", "connections:read"}
+    monkeypatch.setitem(scopes.ROLES, "viewer", frozenset({"actions:read"}))
+    allowed = scopes.of_role("own", "viewer", ["actions:read", "connections:read"])
+    assert allowed == {"actions:read"}
+    assert scopes.kept(allowed, ["connections:read"]) == frozenset()
+    assert scopes.kept(allowed, []) == allowed

@@ -1,15 +1,20 @@
 """The text of a key: its format, and a checksum that refuses what was mistyped without a look at the database."""
 
 import math
+import random
 import re
 import string
+import sysconfig
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from relay_grpc.auth import keys
 from tests.auth.forgery import DIGITS, forged, mistyped
 
-SCANNER = re.compile(r"\brk_(live|dev)_[0-9A-Za-z]{12}_[0-9A-Za-z]{38}\b")
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "keys.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize(("live", "env"), [(True, "live"), (False, "dev")])
@@ -61,12 +66,42 @@ def test_a_secret_has_190_bits_and_no_key_is_like_another() -> None:
         assert len({secret[place] for secret in secrets}) > 40
 
 
-def test_a_secret_scanner_finds_keys_in_text() -> None:
-    key = keys.generate(live=True).text
-    found = SCANNER.search(f'export RELAY_KEY="{key}"; curl -H "authorization: Bearer {key}"')
-    assert found is not None
-    assert found[0] == key
-    assert SCANNER.pattern.strip("\\b") in (keys.__doc__ or "")
+@pytest.fixture
+def scanner() -> re.Pattern[str]:
+    """The pattern for secret scanners, as documented."""
+    (pattern,) = (block.strip() for _, block in BLOCKS if "{38}" in block)
+    assert pattern in (keys.__doc__ or "")
+    return re.compile(pattern)
+
+
+def test_a_secret_scanner_finds_1000_of_1000_keys_in_random_text(scanner: re.Pattern[str]) -> None:
+    made = [keys.generate(live=bool(i % 2)).text for i in range(1000)]
+    noise = random.Random(4711)
+    text = "".join("".join(noise.choices(string.printable, k=noise.randrange(200))) + key for key in made)
+    found = [match[0] for match in scanner.finditer(text)]
+    assert found == made
+    assert all(keys.public_id_of(key) for key in found)
+
+
+def test_a_secret_scanner_finds_nothing_in_10_megabytes_of_source_text(scanner: re.Pattern[str]) -> None:
+    size = 0
+    for folder in ("stdlib", "purelib"):
+        for file in sorted(Path(sysconfig.get_path(folder)).rglob("*.py")):
+            source = file.read_text(errors="replace")
+            assert scanner.search(source) is None, file
+            size += len(source)
+            if size > 10_000_000:
+                return
+    pytest.fail(f"only {size} characters of source text are here")
+
+
+def test_the_documented_check_tells_keys_from_what_looks_like_them() -> None:
+    (program,) = (block for language, block in BLOCKS if language == "python")
+    names: dict[str, Any] = {}
+    exec(program, names)
+    made = [keys.generate(live=True).text for _ in range(100)]
+    assert all(names["is_key"](key) for key in made)
+    assert not any(names["is_key"](mistyped(key, position)) for key in made for position in (-1, -20, 10))
 
 
 def test_a_key_does_not_show_its_secret_by_accident() -> None:

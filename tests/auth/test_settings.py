@@ -80,6 +80,9 @@ def test_all_problems_are_told_together_each_with_its_variable() -> None:
             "RELAY_LISTEN": "50051",
             "RELAY_EGRESS_ALLOW": "10.0.0.0/8,not-a-network",
             "RELAY_ENCRYPTION_KEYS": "k1:c2hvcnQ=",
+            "RELAY_KEY_PEPPERS": "k1:c2hvcnQ=",
+            "RELAY_TRUSTED_PROXIES": "proxy.example",
+            "RELAY_OIDC_ISSUERS": "https://login.example",
             "RELAY_HASH_KEY": "short",
             "RELAY_LOG_LEVEL": "LOUD",
             "WEBHOOK_URL": "ftp://receiver.example",
@@ -98,6 +101,9 @@ def test_all_problems_are_told_together_each_with_its_variable() -> None:
         "RELAY_LISTEN",
         "RELAY_EGRESS_ALLOW",
         "RELAY_ENCRYPTION_KEYS",
+        "RELAY_KEY_PEPPERS",
+        "RELAY_TRUSTED_PROXIES",
+        "RELAY_OIDC_ISSUERS",
         "RELAY_HASH_KEY",
         "RELAY_LOG_LEVEL",
         "WEBHOOK_URL",
@@ -117,6 +123,12 @@ def test_all_problems_are_told_together_each_with_its_variable() -> None:
             "DATABASE_URL: RELAY_ENV=production does not run on the embedded database",
         ),
         ({"RELAY_ENCRYPTION_KEYS": ""}, "RELAY_ENCRYPTION_KEYS: production needs one; `relay keygen` makes it"),
+        ({"RELAY_KEY_PEPPERS": ""}, "RELAY_KEY_PEPPERS: production needs one; `relay keygen` makes it"),
+        ({"RELAY_OIDC_ISSUERS": "http://login.example a"}, "RELAY_OIDC_ISSUERS: production trusts https:// alone"),
+        (
+            {"RELAY_TRUSTED_PROXIES": "10.0.0.0/8, ::/0"},
+            "RELAY_TRUSTED_PROXIES: who trusts all addresses believes every caller; name the proxies",
+        ),
         ({"RELAY_HASH_KEY": ""}, "RELAY_HASH_KEY: production needs one; `relay keygen` makes it"),
         (
             {"RELAY_LISTEN": "0.0.0.0:50051"},
@@ -147,6 +159,10 @@ def test_each_unsafe_combination_in_production_is_refused_with_its_sentence(
             {"RELAY_ENCRYPTION_KEYS": f"k1:{KEY},k1:{OTHER_KEY}"},
             "RELAY_ENCRYPTION_KEYS: two keys have the same id",
         ),
+        (
+            {"RELAY_OIDC_ISSUERS": "https://login.example a, https://login.example b"},
+            "RELAY_OIDC_ISSUERS: an issuer is there twice",
+        ),
         ({"OTEL_ENABLED": "1"}, "OTEL_ENDPOINT: OTEL_ENABLED needs one, such as http://127.0.0.1:4318"),
         ({"RELAY_TLS_CLIENT_CA": __file__}, "RELAY_TLS_CLIENT_CA: needs RELAY_TLS_CERTIFICATE"),
         ({"RELAY_TLS_KEY": __file__}, "RELAY_TLS_CERTIFICATE and RELAY_TLS_KEY: set both or neither"),
@@ -168,6 +184,49 @@ def test_a_signing_secret_that_signs_badly_is_refused(secret: str) -> None:
 def test_a_signing_secret_has_24_to_64_bytes(secret: str) -> None:
     environ = {"WEBHOOK_URL": "https://receiver.example", "ACTIONS_SIGNING_SECRET": secret}
     assert Settings.load(environ).actions_signing_secret is not None
+
+
+@pytest.mark.parametrize(
+    "issuers",
+    [
+        "https://login.example",
+        "relay",
+        "login.example relay",
+        "ftp://login.example relay",
+        "HTTPS://login.example relay",
+        "https:// relay",
+        "https://user@login.example relay",
+        "https://user:password@login.example relay",
+        "https://login.example?tenant=1 relay",
+        "https://login.example/#one relay",
+        "https://login.example/a\\b relay",
+        "https://login.example:port relay",
+        "https://l\u00f6gin.example relay",
+        "https://login.example relay other",
+        "https://login.example r\u00e9lay",
+        f"https://{'x' * 250} relay",
+        "https://login.example relay, https://other.example",
+    ],
+)
+def test_an_issuer_that_no_token_could_name_exactly_is_refused(issuers: str) -> None:
+    (told,) = problems({"RELAY_OIDC_ISSUERS": issuers})
+    assert told.startswith("RELAY_OIDC_ISSUERS: each issuer should be URL AUDIENCE, such as ")
+
+
+@pytest.mark.parametrize(
+    ("issuers", "read"),
+    [
+        ("https://login.example relay", [("https://login.example", "relay")]),
+        (" https://login.example/   api://relay ,", [("https://login.example/", "api://relay")]),
+        (
+            "http://[::1]:8080/realms/a@b x,https://b.example:1/c y",
+            [("http://[::1]:8080/realms/a@b", "x"), ("https://b.example:1/c", "y")],
+        ),
+    ],
+)
+def test_issuers_are_read_as_they_are_written(issuers: str, read: list[tuple[str, str]]) -> None:
+    settings = Settings.load({"RELAY_OIDC_ISSUERS": issuers})
+    assert [(one.url, one.audience) for one in settings.oidc_issuers] == read
 
 
 def test_with_tls_production_may_listen_on_the_network(tmp_path: Path) -> None:
@@ -192,12 +251,12 @@ def test_nothing_secret_is_shown() -> None:
             "WEBHOOK_URL": "https://receiver.example",
             "ACTIONS_SIGNING_SECRET": canary * 2,
             "RELAY_ENCRYPTION_KEYS": f"k1:{key.decode()}",
+            "RELAY_KEY_PEPPERS": f"p1:{key.decode()}",
             "RELAY_HASH_KEY": canary * 3,
         }
     )
-    shown = (
-        f"{settings!r} {settings} {settings.encryption_keys} {settings.model_dump_json(exclude={'encryption_keys'})}"
-    )
+    keys = {"encryption_keys", "key_peppers"}
+    shown = f"{settings!r} {settings} {settings.encryption_keys} {settings.model_dump_json(exclude=keys)}"
     assert canary not in shown
     assert key.decode() not in shown
     assert "k1" in shown
@@ -210,11 +269,12 @@ def test_nothing_secret_is_shown_when_it_is_refused() -> None:
             "DATABASE_URL": f"mysql://{canary}",
             "REDIS_URL": canary,
             "RELAY_ENCRYPTION_KEYS": f"k1:{canary}",
+            "RELAY_KEY_PEPPERS": f"p1:{canary}",
             "RELAY_HASH_KEY": canary,
             "ACTIONS_SIGNING_SECRET": canary,
         }
     )
-    assert len(told) == 5
+    assert len(told) == 6
     assert canary not in "\n".join(told)
 
 

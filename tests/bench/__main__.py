@@ -1,7 +1,8 @@
 """`make bench`: calls per second and CPU per call, in one run on one machine.
 
-What is compared: a bare grpc.aio echo; WhoAmI through every layer; Execute with a receiver on loopback. Rounds are
-interleaved and medians are printed, since machines are noisy: trust the ratios and the CPU per call, not the rates.
+What is compared: a bare grpc.aio echo; WhoAmI through every layer; Execute with a receiver on loopback; and, in this
+process, what deciding on a limit costs. Rounds are interleaved and medians are printed, since machines are noisy: trust
+the ratios and the CPU per call, not the rates.
 """
 
 import asyncio
@@ -21,6 +22,8 @@ from relay import aio
 from relay.v1 import auth_pb2
 from rich.console import Console
 from rich.table import Table
+
+from tests.bench import decisions
 
 CONCURRENCY = 32
 ROUNDS = 5
@@ -159,6 +162,7 @@ def main() -> None:
         _, (receiver,) = stack.enter_context(process("receiver"))
         relay, (relay_at, key) = stack.enter_context(process("relay", str(Path(folder, "data"))))
         asyncio.run(measure(echo_at, relay_at, key, receiver, [bare, relay]))
+    Console(width=100).print(asyncio.run(decisions.measure()))
 
 
 main()

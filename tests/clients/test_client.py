@@ -190,11 +190,33 @@ CONTENTION = Failure(grpc.StatusCode.ABORTED, (info("CONTENTION"), retry_in(0.05
 UNAVAILABLE = Failure(grpc.StatusCode.UNAVAILABLE, (info("OVERLOADED"),))
 
 
+# What would do something else the second time, or find it done and fail.
+SENT_ONCE = (
+    "CreateApiKey",
+    "RotateApiKey",
+    "CreateRole",
+    "DeleteRole",
+    "AssignRole",
+    "RemoveRole",
+    "CreateConnection",
+    "CancelExecution",
+)
+
+
 async def call_everything(relay: Any) -> None:
     await run(relay.auth.who_am_i)
     await run(relay.auth.create_api_key, "ci", "developer")
+    await run(relay.auth.get_api_key, "id")
     await take(relay.auth.list_api_keys())
+    await run(relay.auth.rotate_api_key, "id", dt.timedelta(hours=1))
     await run(relay.auth.revoke_api_key, "id")
+    await run(relay.auth.verify_api_key, "rk_live_somebodys")
+    await run(relay.auth.create_role, "ops", "developer", ["actions:read"])
+    await take(relay.auth.list_roles())
+    await run(relay.auth.delete_role, "ops")
+    await run(relay.auth.assign_role, "user", "ops")
+    await take(relay.auth.list_role_assignments())
+    await run(relay.auth.remove_role, "user")
     await run(relay.connections.create_webhook, "orders", "https://example.com/hook")
     await run(relay.connections.get, "id")
     await take(relay.connections.list())
@@ -212,7 +234,7 @@ async def call_everything(relay: Any) -> None:
 async def test_every_method_sends_the_key_and_a_deadline(relay: Any, server: Server) -> None:
     await call_everything(relay)
     repeatable = [method for methods in _channel.REPEATABLE.values() for method in methods]
-    assert sorted(server.methods()) == sorted([*repeatable, "CreateApiKey", "CreateConnection", "CancelExecution"])
+    assert sorted(server.methods()) == sorted([*repeatable, *SENT_ONCE])
     for received in server.received:
         assert received.metadata["authorization"] == f"Bearer {KEY}"
         assert 20 < received.seconds_left <= 30.5, received.method
@@ -228,12 +250,22 @@ async def test_python_values_become_the_messages_fields(relay: Any, server: Serv
     parameters = {"payload": {"amount": 5, "tags": ["a", None, True]}, "fields": {"id": "9007199254740993"}}
     await run(relay.actions.preview, "webhook.send", parameters, connection_id="c", ttl=dt.timedelta(minutes=5))
     await run(relay.auth.create_api_key, "ci", "developer", scopes={"actions:read"}, expire_time=noon)
+    await run(relay.auth.create_api_key, "ci", "ops", calls_per_minute=60, executions_per_minute=5)
+    await run(relay.auth.rotate_api_key, "id", dt.timedelta(days=1))
+    await run(relay.auth.verify_api_key, "rk_live_somebodys", scopes={"actions:read"})
+    await run(relay.auth.assign_role, "user", "ops", issuer="https://login.example")
+    await run(relay.auth.remove_role, "user", issuer="https://login.example")
     await run(relay.connections.create_webhook, "orders", "https://example.com", body_signature=True, default=True)
     await take(relay.actions.list_executions(states=[actions_pb2.EXECUTION_STATE_FAILED], page_size=7))
     await take(relay.audit.list_events(outcome=audit_pb2.EVENT_OUTCOME_DENIED, start_time=noon))
     assert [MessageToDict(received.request) for received in server.received] == [
         {"action": "webhook.send", "connectionId": "c", "parameters": parameters, "ttl": "300s"},
         {"name": "ci", "role": "developer", "scopes": ["actions:read"], "expireTime": "2026-05-04T12:00:00Z"},
+        {"name": "ci", "role": "ops", "limits": {"callsPerMinute": 60, "executionsPerMinute": 5}},
+        {"id": "id", "overlap": "86400s"},
+        {"key": "rk_live_somebodys", "scopes": ["actions:read"]},
+        {"userId": "user", "role": "ops", "issuer": "https://login.example"},
+        {"userId": "user", "issuer": "https://login.example"},
         {"name": "orders", "webhook": {"url": "https://example.com", "bodySignature": True}, "default": True},
         {"states": ["EXECUTION_STATE_FAILED"], "pageSize": 7},
         {"outcome": "EVENT_OUTCOME_DENIED", "startTime": "2026-05-04T12:00:00Z"},
@@ -401,14 +433,25 @@ async def test_what_is_safe_to_repeat_is_retried_while_unavailable(relay: Any, s
     assert {received.request.idempotency_key for received in server.received[3:]} == {"order-4711"}
 
 
-async def test_what_creates_is_sent_once(relay: Any, server: Server) -> None:
-    for method, failure in (("CreateApiKey", UNAVAILABLE), ("CreateConnection", CONTENTION)):
-        server.tell(method, failure)
-    with pytest.raises(errors.Unavailable):
-        await run(relay.auth.create_api_key, "ci", "developer")
-    with pytest.raises(errors.Contention):
-        await run(relay.connections.create_webhook, "orders", "https://example.com")
-    assert server.methods() == ["CreateApiKey", "CreateConnection"]
+async def test_what_is_not_safe_to_repeat_is_sent_once(relay: Any, server: Server) -> None:
+    for failure in (UNAVAILABLE, CONTENTION):
+        calls = {
+            "CreateApiKey": (relay.auth.create_api_key, "ci", "developer"),
+            "RotateApiKey": (relay.auth.rotate_api_key, "id", dt.timedelta()),
+            "CreateRole": (relay.auth.create_role, "ops", "developer", ["actions:read"]),
+            "DeleteRole": (relay.auth.delete_role, "ops"),
+            "AssignRole": (relay.auth.assign_role, "user", "ops"),
+            "RemoveRole": (relay.auth.remove_role, "user"),
+            "CreateConnection": (relay.connections.create_webhook, "orders", "https://example.com"),
+            "CancelExecution": (relay.actions.call, "CancelExecution", actions_pb2.CancelExecutionRequest(id="id")),
+        }
+        assert set(calls) == set(SENT_ONCE)
+        for method, (send, *arguments) in calls.items():
+            server.received.clear()
+            server.tell(method, failure)
+            with pytest.raises(CLASSES[failure.code]):
+                await run(send, *arguments)
+            assert server.methods() == [method]
 
 
 async def test_a_failing_server_is_spared_retries(relay: Any, server: Server) -> None:
@@ -468,6 +511,66 @@ async def test_the_key_is_never_shown(relay: Any, server: Server) -> None:
     assert not [text for text in shown if KEY in text]
 
 
+async def test_a_token_goes_where_a_key_does_and_a_workspace_beside_it(
+    connect: Callable[..., Any], server: Server
+) -> None:
+    workspace = "018f0000-0000-7000-8000-000000000001"
+    async with connect(server.target, api_key=None, token="a.b.c", workspace=workspace) as relay:
+        await run(relay.auth.who_am_i)
+    async with connect(server.target, workspace=workspace) as relay:
+        await run(relay.auth.who_am_i)
+    async with connect(server.target) as relay:
+        await run(relay.auth.who_am_i)
+    told = [(one.metadata["authorization"], one.metadata.get("x-relay-workspace")) for one in server.received]
+    assert told == [("Bearer a.b.c", workspace), (f"Bearer {KEY}", workspace), (f"Bearer {KEY}", None)]
+
+
+async def test_a_function_tells_the_token_of_each_call(connect: Callable[..., Any], server: Server) -> None:
+    minted = iter(["first", "second", "third", "fourth", "not one", None])
+    server.tell("Execute", CONTENTION, actions_pb2.Execution(id="done"))
+    async with connect(server.target, api_key=None, token=lambda: next(minted)) as relay:
+        assert server.received == []
+        await run(relay.auth.who_am_i)
+        await run(relay.auth.who_am_i)
+        await run(relay.actions.execute, PREVIEW, timeout=10)  # twice, the second time with the newer token
+        for _ in range(2):
+            with pytest.raises(ValueError, match="token must be the credential alone") as raised:
+                await run(relay.auth.who_am_i)
+            assert "not one" not in str(raised.value)
+    told = [received.metadata["authorization"] for received in server.received]
+    assert told == ["Bearer first", "Bearer second", "Bearer third", "Bearer fourth"]
+
+
+@pytest.mark.parametrize("token", ["a.b.c", lambda: "a.b.c"])
+async def test_a_token_is_never_shown(connect: Callable[..., Any], server: Server, token: Any) -> None:
+    server.tell("GetExecution", UNAVAILABLE, UNAVAILABLE, UNAVAILABLE, UNAVAILABLE)
+    async with connect(server.target, api_key=None, token=token) as relay:
+        with pytest.raises(errors.Unavailable) as raised:
+            await run(relay.actions.get_execution, "id")
+        shown = [repr(relay), repr(vars(relay.actions)), repr(raised.value), *traceback.format_exception(raised.value)]
+    assert not [text for text in shown if "a.b.c" in text]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"api_key": None}, "give either an api_key or a token"),
+        ({"token": "a.b.c"}, "give either an api_key or a token"),
+        ({"api_key": None, "token": ""}, "token must be the credential alone"),
+        ({"api_key": None, "token": "Bearer secret"}, "token must be the credential alone"),
+        ({"workspace": "mine"}, "workspace must be the workspace's id"),
+        ({"workspace": ""}, "workspace must be the workspace's id"),
+    ],
+)
+async def test_a_caller_who_can_not_be_one_is_refused(
+    connect: Callable[..., Any], options: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem) as raised:
+        async with connect("localhost:50051", **options):
+            pass
+    assert "secret" not in str(raised.value)
+
+
 @pytest.mark.parametrize("key", ["", None, f"{KEY}\n", f" {KEY}", f"Bearer {KEY}", "rk_\u00e9", "rk\x00"])
 async def test_a_key_that_can_not_be_one_is_refused(connect: Callable[..., Any], key: str) -> None:
     with pytest.raises(ValueError, match="api_key") as raised:
@@ -496,16 +599,16 @@ async def test_plaintext_to_another_host_has_to_be_asked_for(connect: Callable[.
     with pytest.raises(ValueError, match="give one of them"):
         async with connect(target, tls=True, insecure=True):
             pass
-    assert _channel.endpoint(target, KEY, None, False).credentials is not None
-    assert _channel.endpoint(target, KEY, None, True).credentials is None
+    assert _channel.endpoint(target, None, False).credentials is not None
+    assert _channel.endpoint(target, None, True).credentials is None
 
 
 @pytest.mark.parametrize(
     "target", ["localhost:1", "LOCALHOST:1", "127.0.0.1:1", "127.8.8.8:1", "[::1]:1", "dns:///localhost:1", "unix:/x"]
 )
 def test_this_host_is_reached_in_plaintext_unless_told_otherwise(target: str) -> None:
-    assert _channel.endpoint(target, KEY, None, False).credentials is None
-    assert _channel.endpoint(target, KEY, True, False).credentials is not None
+    assert _channel.endpoint(target, None, False).credentials is None
+    assert _channel.endpoint(target, True, False).credentials is not None
 
 
 async def test_a_proxy_from_the_environment_does_not_get_local_calls(

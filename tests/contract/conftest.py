@@ -3,10 +3,17 @@ from typing import Any
 
 import pytest
 
+from relay_grpc.ratelimit.window import Charge, Decision
 from tests.harness import Relay
 from tests.rpc.conftest import wire as wire
 
 LIMIT = 1_000_000  # of the harness, for both budgets
+
+
+async def spend(relay: Relay, budget: str, cost: int = 0, limit: int = LIMIT, caller: str = "") -> Decision:
+    """Spends from a budget of the tenant's workspace, or of this caller in it; at no cost, reads it."""
+    subject = f"{{{relay.tenant.workspace_id}}}:{budget}" + (f":{caller}" if caller else "")
+    return await relay.app.limiter.spend([Charge(subject, cost, limit, budget, "caller" if caller else "workspace")])
 
 
 @pytest.fixture
@@ -18,8 +25,7 @@ async def spent(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> Callable[[], A
     monkeypatch.setattr(relay.app.limiter, "_clock", lambda: 43_200.0)
 
     async def remaining() -> list[int]:
-        subjects = (f"{budget}:{relay.tenant.workspace_id}" for budget in ("calls", "executions"))
-        return [(await relay.app.limiter.spend(subject, 0, LIMIT)).remaining for subject in subjects]
+        return [(await spend(relay, budget)).remaining for budget in ("calls", "executions")]
 
     before = await remaining()
 

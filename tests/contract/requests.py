@@ -142,9 +142,9 @@ def _fit(field: FieldDescriptor) -> Any:
         return fitting(field.message_type)
     rules = rules_of(field)
     kind = rules.WhichOneof("type")
-    inside = [EDGES[kind, rule.name](bound)[0] for rule, bound in getattr(rules, kind).ListFields()]
     if kind == "repeated":
         return _scopes(1)
+    inside = [EDGES[kind, rule.name](bound)[0] for rule, bound in getattr(rules, kind).ListFields()]
     return min((value for value in inside if value), key=lambda value: len(str(value)))
 
 

@@ -16,6 +16,14 @@ from tests.rpc.wire import METHODS, Answer, Wire, wired
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
+@pytest.fixture(scope="module")
+async def relay(databases: Databases, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Relay]:
+    """A server that knows an issuer, so that roles can be assigned to its users."""
+    settings = settings_for(tmp_path_factory.mktemp("data"), RELAY_OIDC_ISSUERS="http://127.0.0.1:9/issuer relay")
+    async with databases.new() as url, running(url, settings) as server:
+        yield server
+
+
 @EVERY_METHOD
 async def test_a_call_leaves_one_event_where_its_method_is_audited(wire: Wire, events_of: Any, method: Method) -> None:
     request_id = uuid4().hex
@@ -61,7 +69,13 @@ async def test_each_audited_method_that_is_built_leaves_one_event_of_its_success
         return reply
 
     key = await do("AuthService.CreateApiKey", auth_pb2.CreateApiKeyRequest(name="audited", role="viewer"))
+    await do("AuthService.RotateApiKey", auth_pb2.RotateApiKeyRequest(id=key.id))
     await do("AuthService.RevokeApiKey", auth_pb2.RevokeApiKeyRequest(id=key.id))
+    role = auth_pb2.CreateRoleRequest(name="audited", parent="viewer", scopes=["actions:read"])
+    await do("AuthService.CreateRole", role)
+    await do("AuthService.AssignRole", auth_pb2.AssignRoleRequest(user_id="audited", role="audited"))
+    await do("AuthService.RemoveRole", auth_pb2.RemoveRoleRequest(user_id="audited"))
+    await do("AuthService.DeleteRole", auth_pb2.DeleteRoleRequest(name="audited"))
     webhook = connections_pb2.WebhookConfiguration(url=receiver.url)
     connection = await do(
         "ConnectionsService.CreateConnection",

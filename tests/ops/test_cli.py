@@ -98,7 +98,7 @@ def _converse(terminal: int, answer: str) -> str:
     try:
         while chunk := os.read(terminal, 65536):
             shown += chunk
-            if answer and shown.endswith(b"]: "):
+            if answer and shown.endswith(b": "):
                 os.write(terminal, answer.encode())
                 answer = ""
     except OSError:  # the process has closed its end
@@ -216,6 +216,71 @@ async def test_keys_are_made_shown_once_and_revoked(shell: Shell) -> None:
     assert any(key["id"] in line and line.rstrip().endswith("revoked") for line in listing.out.splitlines())
     assert {one["secret"] for one in as_json.json} == {""}
     assert refused.code == 3
+
+
+async def test_keys_are_rotated_and_verified(relay: Relay, shell: Shell) -> None:
+    async with relay.connect(relay.tenant.admin) as client:
+        old = await client.auth.create_api_key("rotated", "viewer")
+        other = await client.auth.create_api_key("rotated at once", "viewer")
+    rotated, at_once = await asyncio.gather(
+        shell("keys", "rotate", old.id, "--json"), shell("keys", "rotate", other.id, "--overlap", "0s")
+    )
+    new = rotated.json
+    assert "\nkey: rk_dev_" in at_once.out
+    assert "The old key works no more." in at_once.out
+    got, valid, lacking, expired, unknown, no_key, asked = await asyncio.gather(
+        shell("keys", "get", old.id, "--json"),
+        shell("keys", "verify", "--json", stdin=new["secret"] + "\n"),
+        shell("keys", "verify", "-", "--scope", "keys:write", "--scope", "actions:read", stdin=new["secret"]),
+        shell("keys", "verify", stdin=other.secret),
+        shell("keys", "verify", "nonsense"),
+        shell("keys", "verify"),
+        shell.on_terminal("keys", "verify", answer=old.secret + "\n", NO_COLOR="1"),
+    )
+    overlap = datetime.fromisoformat(got.json["retireTime"]) - datetime.fromisoformat(new["createTime"])
+    assert abs(overlap - timedelta(hours=24)) < timedelta(seconds=5)
+    assert (valid.code, valid.json["code"], valid.json["principal"]["id"]) == (0, "VERIFICATION_CODE_VALID", new["id"])
+    assert (lacking.code, lacking.out.splitlines()[0].split()) == (1, ["verdict", "insufficient", "scopes"])
+    assert "lacks      keys:write " in lacking.out
+    assert (expired.code, expired.out) == (1, "verdict  expired\n")
+    assert (unknown.code, unknown.out) == (1, "verdict  not found\n")
+    assert (no_key.code, no_key.out) == (2, "")
+    assert "there is no key on standard input" in no_key.err
+    assert (asked.code, "verdict    valid" in asked.out) == (0, True)
+    assert old.secret not in asked.out
+
+
+async def test_roles_are_made_given_and_taken(relay: Relay, shell: Shell, tmp_path: Path) -> None:
+    issuer = "http://127.0.0.1:9/realms/somewhere"
+    async with running(relay.url, settings_for(tmp_path, RELAY_OIDC_ISSUERS=f"{issuer} relay")) as knowing:
+        shell = Shell(shell.home, str(knowing.app.listen), knowing.tenant.admin)
+        made = await shell(
+            *("roles", "create", "clerk", "--parent", "admin"), *("--scope", "keys:read", "--scope", "keys:write")
+        )
+        assert (made.code, made.out.split()[:4]) == (0, ["name", "clerk", "narrows", "admin"])
+        user = str(uuid4())
+        given = await shell("roles", "assign", user, "clerk", "--json")
+        assert {"userId": user, "role": "clerk", "issuer": issuer}.items() <= given.json.items()
+        roles, assignments, in_use, beyond, unknown = await asyncio.gather(
+            shell.on_terminal("roles", "list", NO_COLOR="1"),
+            shell.on_terminal("roles", "assignments", NO_COLOR="1"),
+            shell("roles", "delete", "clerk"),
+            shell("roles", "create", "more", "--parent", "viewer", "--scope", "keys:write"),
+            shell("roles", "assign", user, "viewer", "--issuer", "https://elsewhere.example"),
+        )
+        for table, words in ((roles, ("built in", "clerk")), (assignments, (user, "clerk"))):
+            assert all(word in table.out for word in words)
+            assert max(map(len, table.out.splitlines())) <= 80
+        assert (in_use.code, "ROLE_IN_USE" in in_use.err) == (5, True)
+        assert (beyond.code, "keys:write: not of the role viewer" in beyond.err) == (2, True)
+        assert (unknown.code, f"it knows {issuer}" in unknown.err) == (2, True)
+        assert (await shell("roles", "remove", user)).out == f"{user} has no role any more.\n"
+        deleted, none, missing = [
+            await shell("roles", *arguments)
+            for arguments in (("delete", "clerk", "--json"), ("assignments",), ("delete", "clerk"))
+        ]
+        assert (deleted.json, missing.code) == ({}, 4)
+        assert "'relay roles assign' gives one" in none.out
 
 
 async def test_tables_fit_80_columns_and_keep_ids_whole(relay: Relay, shell: Shell, receiver: Receiver) -> None:
@@ -343,6 +408,7 @@ async def test_the_operators_commands_say_what_is_wrong_with_the_settings(databa
     assert wrong.code == 2
     assert [line.split(":")[0].strip() for line in wrong.err.removeprefix("error: ").splitlines()] == [
         "RELAY_ENCRYPTION_KEYS",
+        "RELAY_KEY_PEPPERS",
         "RELAY_HASH_KEY",
     ]
     assert down.code == 1

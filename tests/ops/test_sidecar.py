@@ -14,6 +14,7 @@ from relay.v1 import actions_pb2, audit_pb2, auth_pb2, connections_pb2
 
 from relay_grpc import sidecar as sidecar_module
 from relay_grpc.actions.execution import Outcome, State
+from relay_grpc.auth.tokens import Defect
 from relay_grpc.sidecar import Sidecar
 from relay_grpc.telemetry import Metrics
 
@@ -38,10 +39,14 @@ FAMILIES = {
     "relay_attempts": {"provider", "outcome"},
     "relay_executions": {"provider", "action", "state"},
     "relay_executions_in_flight": set(),
-    "relay_rate_limited": {"budget"},
+    "relay_rate_limited": {"budget", "holder"},
+    "relay_rate_limit_shadowed": {"budget", "holder"},
     "relay_rate_limiter_degraded": set(),
+    "relay_instances": set(),
     "relay_auth_failures": {"reason"},
+    "relay_oidc_readings": {"outcome"},
     "relay_key_hashes": set(),
+    "relay_changes_listening": set(),
     "relay_audit_events": {"outcome"},
     "relay_group_commit_size": {"queue", "le"},
 }
@@ -260,9 +265,13 @@ def use_everything(metrics: Metrics) -> None:
         for outcome in Outcome:
             metrics.attempts.labels(provider, outcome).inc()
     for budget in ("calls", "executions"):
-        metrics.rate_limited.labels(budget).inc()
-    for reason in ("missing", "malformed", "unknown", "expired", "revoked"):
+        for holder in ("workspace", "caller"):
+            metrics.rate_limited.labels(budget, holder).inc()
+            metrics.rate_limit_shadowed.labels(budget, holder).inc()
+    for reason in ("invalid", "malformed", "throttled", *Defect):
         metrics.auth_failures.labels(reason).inc()
+    for outcome in ("ok", "failed"):
+        metrics.oidc_readings.labels(outcome).inc()
     for outcome in ("written", "aggregated", "failed"):
         metrics.audit_events.labels(outcome).inc()
     for queue in ("execute", "attempt", "audit"):

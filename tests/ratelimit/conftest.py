@@ -2,7 +2,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.ratelimit.spending import new_subject
 from tests.valkey import Valkey, running
+
+
+@pytest.fixture
+def subject() -> str:
+    return new_subject()
 
 
 @pytest.fixture(scope="session")

@@ -77,9 +77,14 @@ class Wire:
         self._key = key
 
     async def call(
-        self, method: Method | str, request: Message | bytes = b"", key: str | None = None, **metadata: str
+        self,
+        method: Method | str,
+        request: Message | bytes = b"",
+        key: str | None = None,
+        timeout: float = 30,
+        **metadata: str,
     ) -> Answer:
-        """key: "" sends none. metadata: names with _ for -."""
+        """key: "" sends none. timeout: seconds. metadata: names with _ for -."""
         method = METHODS[method] if isinstance(method, str) else method
         key = self._key if key is None else key
         headers = [("authorization", f"Bearer {key}")] if key else []
@@ -87,7 +92,7 @@ class Wire:
         kind = self._channel.unary_stream if method.streams else self._channel.unary_unary
         send: Any = kind(method.path, response_deserializer=method.output_type.FromString)
         content = request if isinstance(request, bytes) else request.SerializeToString()
-        call = send(content, metadata=headers, timeout=30)
+        call = send(content, metadata=headers, timeout=timeout)
         try:
             replies = [reply async for reply in call] if method.streams else [await call]
         except grpc.aio.AioRpcError as error:

@@ -1,64 +1,17 @@
-"""The calls that both clients offer, as data: what is sent, for how long, when it is repeated, how lists go on.
+"""The calls that both clients offer, as data.
 
 Each function describes one RPC and sends nothing; the clients make methods of them. Messages are those of relay.v1,
 whose comments give the bounds and errors. Every function takes `timeout`, the seconds until the call's deadline (for
 lists: of each page), and durations and times as timedelta and aware datetime.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import Any, Generic, Self, TypeVar
 
-from google.protobuf.message import Message
+from google.protobuf.empty_pb2 import Empty
 
-from relay.errors import Contention, RelayError
+from relay._call import DEADLINE, Call, Page
 from relay.v1 import actions_pb2, audit_pb2, auth_pb2, connections_pb2
-
-DEADLINE = 30.0  # seconds
-
-Answer = TypeVar("Answer")
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Call(Generic[Answer]):
-    """One unary call that answers an Answer. method: its name in the service's stub."""
-
-    method: str
-    request: Message
-    timeout: float = DEADLINE
-
-    def pause(self, error: RelayError, remaining: float) -> float | None:
-        """Seconds after which to send the call again, None to give up. remaining: seconds until the deadline.
-
-        Only Execute is repeated here, and only where Relay says when: its idempotency key makes that safe. The
-        channel's service config repeats what is UNAVAILABLE.
-        """
-        if self.method != "Execute" or not isinstance(error, Contention) or error.retry_after is None:
-            return None
-        return error.retry_after if error.retry_after < remaining else None
-
-
-@dataclass(frozen=True)
-class Page(Call[Any], Generic[Item]):
-    """A call that answers one page of a list. field: the one of the answer that holds the items."""
-
-    field: str = ""
-
-    def items(self, answer: Any) -> Sequence[Item]:
-        items: Sequence[Item] = getattr(answer, self.field)
-        return items
-
-    def next(self, answer: Any) -> Self | None:
-        """The call for the page after this answer. None: it was the last one."""
-        if not answer.next_page_token:
-            return None
-        request: Any = type(self.request)()
-        request.CopyFrom(self.request)
-        request.page_token = answer.next_page_token
-        return replace(self, request=request)
-
 
 # AuthService
 
@@ -74,14 +27,25 @@ def create_api_key(
     *,
     scopes: Iterable[str] = (),
     expire_time: datetime | None = None,
+    calls_per_minute: int = 0,
+    executions_per_minute: int = 0,
     timeout: float = DEADLINE,
 ) -> Call[auth_pb2.ApiKey]:
     """Makes a key; only this answer holds its `secret`. scopes: those of the role to keep, none for all of them.
 
-    Never repeated by the client: after an Unavailable or DeadlineExceeded, look in list_api_keys first.
+    calls_per_minute, executions_per_minute: its share of the workspace's budgets, 0 for all of it. Never repeated by
+    the client: after an Unavailable or DeadlineExceeded, look in list_api_keys first.
     """
     request = auth_pb2.CreateApiKeyRequest(name=name, role=role, scopes=scopes, expire_time=_aware(expire_time))
+    if calls_per_minute or executions_per_minute:
+        request.limits.calls_per_minute = calls_per_minute
+        request.limits.executions_per_minute = executions_per_minute
     return Call("CreateApiKey", request, timeout)
+
+
+def get_api_key(api_key_id: str, *, timeout: float = DEADLINE) -> Call[auth_pb2.ApiKey]:
+    """One key, without its secret."""
+    return Call("GetApiKey", auth_pb2.GetApiKeyRequest(id=api_key_id), timeout)
 
 
 def list_api_keys(*, page_size: int = 0, timeout: float = DEADLINE) -> Page[auth_pb2.ApiKey]:
@@ -89,9 +53,72 @@ def list_api_keys(*, page_size: int = 0, timeout: float = DEADLINE) -> Page[auth
     return Page("ListApiKeys", auth_pb2.ListApiKeysRequest(page_size=page_size), timeout, "api_keys")
 
 
+def rotate_api_key(api_key_id: str, overlap: timedelta, *, timeout: float = DEADLINE) -> Call[auth_pb2.ApiKey]:
+    """Makes the key that replaces this one; only this answer holds its `secret`.
+
+    overlap: how long the old key keeps working, 0 to 30 days; never past its own expiry. Never repeated by the client:
+    after an Unavailable or DeadlineExceeded, look in list_api_keys first.
+    """
+    return Call("RotateApiKey", auth_pb2.RotateApiKeyRequest(id=api_key_id, overlap=overlap), timeout)
+
+
 def revoke_api_key(api_key_id: str, *, timeout: float = DEADLINE) -> Call[auth_pb2.ApiKey]:
     """Revokes a key for good and answers it."""
     return Call("RevokeApiKey", auth_pb2.RevokeApiKeyRequest(id=api_key_id), timeout)
+
+
+def verify_api_key(
+    key: str, *, scopes: Iterable[str] = (), timeout: float = DEADLINE
+) -> Call[auth_pb2.VerifyApiKeyResponse]:
+    """Whether a key that somebody presented is a valid one of this workspace and holds the scopes: look at `code`."""
+    return Call("VerifyApiKey", auth_pb2.VerifyApiKeyRequest(key=key, scopes=scopes), timeout)
+
+
+def create_role(name: str, parent: str, scopes: Iterable[str], *, timeout: float = DEADLINE) -> Call[auth_pb2.Role]:
+    """Makes a role that keeps these scopes of a built-in one: "admin", "developer" or "viewer".
+
+    Never repeated by the client: after an Unavailable or DeadlineExceeded, look in list_roles first.
+    """
+    return Call("CreateRole", auth_pb2.CreateRoleRequest(name=name, parent=parent, scopes=scopes), timeout)
+
+
+def list_roles(*, page_size: int = 0, timeout: float = DEADLINE) -> Page[auth_pb2.Role]:
+    """The built-in roles and then those of the workspace, by name."""
+    return Page("ListRoles", auth_pb2.ListRolesRequest(page_size=page_size), timeout, "roles")
+
+
+def delete_role(name: str, *, timeout: float = DEADLINE) -> Call[Empty]:
+    """Deletes a role that no user has, and no key that was not revoked.
+
+    Never repeated by the client: the second time, it would not be found.
+    """
+    return Call("DeleteRole", auth_pb2.DeleteRoleRequest(name=name), timeout)
+
+
+def assign_role(
+    user_id: str, role: str, *, issuer: str = "", timeout: float = DEADLINE
+) -> Call[auth_pb2.RoleAssignment]:
+    """Gives a user its one role in the workspace. user_id, issuer: the claims "sub" and "iss" of the user's tokens.
+
+    issuer: empty for the only one that the server knows. Never repeated by the client, which could undo what somebody
+    else did in between.
+    """
+    request = auth_pb2.AssignRoleRequest(user_id=user_id, role=role, issuer=issuer)
+    return Call("AssignRole", request, timeout)
+
+
+def list_role_assignments(*, page_size: int = 0, timeout: float = DEADLINE) -> Page[auth_pb2.RoleAssignment]:
+    """The users of the workspace and their roles, newest first."""
+    request = auth_pb2.ListRoleAssignmentsRequest(page_size=page_size)
+    return Page("ListRoleAssignments", request, timeout, "role_assignments")
+
+
+def remove_role(user_id: str, *, issuer: str = "", timeout: float = DEADLINE) -> Call[Empty]:
+    """Takes a user's role away. issuer: empty for the only one that the server knows.
+
+    Never repeated by the client: the second time, there would be no role to take.
+    """
+    return Call("RemoveRole", auth_pb2.RemoveRoleRequest(user_id=user_id, issuer=issuer), timeout)
 
 
 # ConnectionsService

@@ -1,19 +1,31 @@
-"""How both clients reach a server: the targets and keys they take, TLS or plaintext, and the channel's options."""
+"""How both clients reach a server: the targets and credentials they take, TLS or plaintext, the channel's options."""
 
 import ipaddress
 import json
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import grpc
 
 _HOST_AND_PORT = re.compile(r"(?:dns:///)?(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):\d{1,5}")
-_KEY = re.compile(r"[!-~]+")
+_CREDENTIAL = re.compile(r"[!-~]+")
+_WORKSPACE = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
 # Reads, and what is safe to repeat: a second Preview is only another preview, Execute is recognised by its idempotency
-# key (the preview's id where none is given), and revoking twice is revoking once. What creates is not among them.
+# key (the preview's id where none is given), and revoking twice is revoking once. What creates is not among them, nor
+# what would not find the second time what it took away the first time, nor AssignRole, which could undo what somebody
+# else did in between.
 REPEATABLE = {
-    "relay.v1.AuthService": ("WhoAmI", "ListApiKeys", "RevokeApiKey"),
+    "relay.v1.AuthService": (
+        "WhoAmI",
+        "GetApiKey",
+        "ListApiKeys",
+        "RevokeApiKey",
+        "VerifyApiKey",
+        "ListRoles",
+        "ListRoleAssignments",
+    ),
     "relay.v1.ConnectionsService": ("GetConnection", "ListConnections"),
     "relay.v1.ActionsService": (
         "ListActions",
@@ -56,27 +68,50 @@ _OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.keepalive_permit_without_calls", 0),
 )
 
+Token = str | Callable[[], str]
 Metadata = tuple[tuple[str, str], ...]
+Caller = Callable[[], Metadata]
 
 
 class Endpoint(NamedTuple):
-    """What a channel needs. credentials: None means plaintext. metadata: goes with every call and holds the key."""
+    """What a channel needs. credentials: None means plaintext."""
 
     target: str
     credentials: grpc.ChannelCredentials | None
     options: tuple[tuple[str, str | int], ...]
-    metadata: Metadata
 
 
-def endpoint(target: str, api_key: str, tls: bool | grpc.ChannelCredentials | None, insecure: bool) -> Endpoint:
-    """Checks what `connect` was given. Raises ValueError, never with the key in it."""
-    if not _KEY.fullmatch(api_key or ""):
-        raise ValueError("api_key must be the key alone: printable ASCII, no spaces, no line end, no 'Bearer'")
+def caller(api_key: str | None, token: Token | None, workspace: str | None) -> Caller:
+    """What tells the metadata of each call: the credential as it is then, and the workspace.
+
+    Raises ValueError, never with a credential in it, for what `connect` was given and, when told, for what a token
+    turned out to be.
+    """
+    if (api_key is None) == (token is None):
+        raise ValueError("give either an api_key or a token")
+    if workspace is not None and not _WORKSPACE.fullmatch(workspace):
+        raise ValueError("workspace must be the workspace's id, a UUID")
+    meant = () if workspace is None else (("x-relay-workspace", workspace),)
+    if callable(token):
+        current = token
+        return lambda: (_authorization("token", current()), *meant)
+    told = (_authorization("token", token) if api_key is None else _authorization("api_key", api_key), *meant)
+    return lambda: told
+
+
+def _authorization(name: str, credential: str | None) -> tuple[str, str]:
+    if not isinstance(credential, str) or not _CREDENTIAL.fullmatch(credential):
+        raise ValueError(f"{name} must be the credential alone: printable ASCII, no spaces, no line end, no 'Bearer'")
+    return "authorization", f"Bearer {credential}"
+
+
+def endpoint(target: str, tls: bool | grpc.ChannelCredentials | None, insecure: bool) -> Endpoint:
+    """Checks what `connect` was given. Raises ValueError."""
     local = _is_local(target)
     # A proxy from the environment would take a local call off this host, key and all.
     options = (*_OPTIONS, ("grpc.enable_http_proxy", 0)) if local else _OPTIONS
     credentials = _credentials(tls, insecure, local)
-    return Endpoint(target, credentials, options, (("authorization", f"Bearer {api_key}"),))
+    return Endpoint(target, credentials, options)
 
 
 def _is_local(target: str) -> bool:
@@ -101,7 +136,7 @@ def _credentials(
     if tls and insecure:
         raise ValueError("insecure=True asks for plaintext and tls for TLS: give one of them")
     if not (tls or insecure or local):
-        raise ValueError("plaintext would show the key to the network: use TLS, or say insecure=True")
+        raise ValueError("plaintext would show the credential to the network: use TLS, or say insecure=True")
     if isinstance(tls, grpc.ChannelCredentials):
         return tls
     return grpc.ssl_channel_credentials() if tls else None

@@ -9,7 +9,7 @@ import grpc
 from google.protobuf.message import Message
 
 from relay import _calls, _channel
-from relay._calls import DEADLINE, Answer, Call, Item, Page
+from relay._call import DEADLINE, Answer, Call, Item, Page
 from relay.errors import from_rpc_error
 from relay.v1 import actions_pb2_grpc, audit_pb2_grpc, auth_pb2_grpc, connections_pb2_grpc
 
@@ -25,7 +25,9 @@ Interceptor = (
 def connect(
     target: str,
     *,
-    api_key: str,
+    api_key: str | None = None,
+    token: _channel.Token | None = None,
+    workspace: str | None = None,
     tls: bool | grpc.ChannelCredentials | None = None,
     insecure: bool = False,
     interceptors: Sequence[Interceptor] = (),
@@ -34,31 +36,35 @@ def connect(
 
     Use it in a `with` block or close() it. It connects with the first call, and any number of threads may share it.
 
-    api_key: the key, or another credential that the server takes as "authorization: Bearer".
+    api_key, token: who calls; give one of them. A user's token may be a function that tells the current one: it is
+        asked before each call.
+    workspace: the id of the one that the calls mean. A user who has a role in several has to name it; a key belongs to
+        one, and any other is refused.
     tls: None for TLS with the system's roots, except to localhost, loopback addresses and unix sockets, which get
         plaintext; True for TLS there too; credentials for roots or client certificates of your own.
-    insecure: allows plaintext to any other host. Whoever sees that traffic has the key.
+    insecure: allows plaintext to any other host. Whoever sees that traffic has the credential.
     interceptors: outermost first, such as OpenTelemetry's.
 
-    Raises ValueError for a target or key that can't be one, and for plaintext that was not allowed.
+    Raises ValueError for a target, credential or workspace that can't be one, and for plaintext that was not allowed.
     """
-    endpoint = _channel.endpoint(target, api_key, tls, insecure)
+    caller = _channel.caller(api_key, token, workspace)
+    endpoint = _channel.endpoint(target, tls, insecure)
     if endpoint.credentials is None:
         channel = grpc.insecure_channel(target, endpoint.options)
     else:
         channel = grpc.secure_channel(target, endpoint.credentials, endpoint.options)
-    return Relay(grpc.intercept_channel(channel, *interceptors), endpoint.metadata)
+    return Relay(grpc.intercept_channel(channel, *interceptors), caller)
 
 
 class Relay:
     """The services of one server, behind one channel."""
 
-    def __init__(self, channel: grpc.Channel, metadata: _channel.Metadata) -> None:
+    def __init__(self, channel: grpc.Channel, caller: _channel.Caller) -> None:
         self._channel = channel
-        self.auth = Auth(channel, metadata)
-        self.connections = Connections(channel, metadata)
-        self.actions = Actions(channel, metadata)
-        self.audit = Audit(channel, metadata)
+        self.auth = Auth(channel, caller)
+        self.connections = Connections(channel, caller)
+        self.actions = Actions(channel, caller)
+        self.audit = Audit(channel, caller)
 
     def close(self) -> None:
         """Closes the channel; calls under way end as Cancelled."""
@@ -74,9 +80,9 @@ class Relay:
 class Service:
     """What the services share. stub: the generated stub, which sends neither credentials nor a deadline by itself."""
 
-    def __init__(self, stub: Callable[[grpc.Channel], Any], channel: grpc.Channel, metadata: _channel.Metadata) -> None:
+    def __init__(self, stub: Callable[[grpc.Channel], Any], channel: grpc.Channel, caller: _channel.Caller) -> None:
         self.stub = stub(channel)
-        self._metadata = metadata
+        self._caller = caller
 
     def call(self, method: str, request: Message, *, timeout: float = DEADLINE) -> Any:
         """Any unary method of `stub` by its name: with credentials, a deadline and errors from relay.errors."""
@@ -87,7 +93,7 @@ class Service:
         deadline = time.monotonic() + call.timeout
         while True:
             try:
-                return send(call.request, timeout=deadline - time.monotonic(), metadata=self._metadata)
+                return send(call.request, timeout=deadline - time.monotonic(), metadata=self._caller())
             except grpc.RpcError as failure:
                 error = from_rpc_error(failure)
                 pause = call.pause(error, deadline - time.monotonic())
@@ -117,19 +123,28 @@ class Service:
 class Auth(Service):
     """AuthService."""
 
-    def __init__(self, channel: grpc.Channel, metadata: _channel.Metadata) -> None:
-        super().__init__(auth_pb2_grpc.AuthServiceStub, channel, metadata)
+    def __init__(self, channel: grpc.Channel, caller: _channel.Caller) -> None:
+        super().__init__(auth_pb2_grpc.AuthServiceStub, channel, caller)
         self.who_am_i = self._unary(_calls.who_am_i)
         self.create_api_key = self._unary(_calls.create_api_key)
+        self.get_api_key = self._unary(_calls.get_api_key)
         self.list_api_keys = self._paged(_calls.list_api_keys)
+        self.rotate_api_key = self._unary(_calls.rotate_api_key)
         self.revoke_api_key = self._unary(_calls.revoke_api_key)
+        self.verify_api_key = self._unary(_calls.verify_api_key)
+        self.create_role = self._unary(_calls.create_role)
+        self.list_roles = self._paged(_calls.list_roles)
+        self.delete_role = self._unary(_calls.delete_role)
+        self.assign_role = self._unary(_calls.assign_role)
+        self.list_role_assignments = self._paged(_calls.list_role_assignments)
+        self.remove_role = self._unary(_calls.remove_role)
 
 
 class Connections(Service):
     """ConnectionsService."""
 
-    def __init__(self, channel: grpc.Channel, metadata: _channel.Metadata) -> None:
-        super().__init__(connections_pb2_grpc.ConnectionsServiceStub, channel, metadata)
+    def __init__(self, channel: grpc.Channel, caller: _channel.Caller) -> None:
+        super().__init__(connections_pb2_grpc.ConnectionsServiceStub, channel, caller)
         self.create_webhook = self._unary(_calls.create_webhook)
         self.get = self._unary(_calls.get_connection)
         self.list = self._paged(_calls.list_connections)
@@ -138,8 +153,8 @@ class Connections(Service):
 class Actions(Service):
     """ActionsService."""
 
-    def __init__(self, channel: grpc.Channel, metadata: _channel.Metadata) -> None:
-        super().__init__(actions_pb2_grpc.ActionsServiceStub, channel, metadata)
+    def __init__(self, channel: grpc.Channel, caller: _channel.Caller) -> None:
+        super().__init__(actions_pb2_grpc.ActionsServiceStub, channel, caller)
         self.list = self._paged(_calls.list_actions)
         self.preview = self._unary(_calls.preview)
         self.get_preview = self._unary(_calls.get_preview)
@@ -152,6 +167,6 @@ class Actions(Service):
 class Audit(Service):
     """AuditService."""
 
-    def __init__(self, channel: grpc.Channel, metadata: _channel.Metadata) -> None:
-        super().__init__(audit_pb2_grpc.AuditServiceStub, channel, metadata)
+    def __init__(self, channel: grpc.Channel, caller: _channel.Caller) -> None:
+        super().__init__(audit_pb2_grpc.AuditServiceStub, channel, caller)
         self.list_events = self._paged(_calls.list_events)

@@ -61,13 +61,13 @@ class Unauthenticated(RelayError):
 
 
 class PermissionDenied(RelayError):
-    """The key lacks metadata["missing_scopes"]."""
+    """The caller may not do this: it lacks metadata["missing_scopes"], or `message` says what else."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class NotFound(RelayError):
-    """No such resource in the key's workspace."""
+    """No such resource in the caller's workspace."""
 
     code = grpc.StatusCode.NOT_FOUND
 
@@ -91,7 +91,10 @@ class Contention(RelayError):
 
 
 class RateLimited(RelayError):
-    """A budget of this minute is spent: try again after `retry_after`. Without it the message was too large."""
+    """A budget of this minute is spent, or too many wrong credentials came: try again after `retry_after`.
+
+    Without one, the message was too large.
+    """
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 

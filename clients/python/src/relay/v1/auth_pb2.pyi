@@ -62,7 +62,7 @@ class Principal(_message.Message):
     def __init__(self, type: _Optional[_Union[PrincipalType, str]] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., workspace_id: _Optional[str] = ..., role: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class ApiKey(_message.Message):
-    __slots__ = ("id", "public_id", "name", "role", "scopes", "creator", "create_time", "expire_time", "revoke_time", "last_used_time", "secret")
+    __slots__ = ("id", "public_id", "name", "role", "scopes", "creator", "create_time", "expire_time", "revoke_time", "last_used_time", "secret", "retire_time", "limits")
     ID_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,8 @@ class ApiKey(_message.Message):
     REVOKE_TIME_FIELD_NUMBER: _ClassVar[int]
     LAST_USED_TIME_FIELD_NUMBER: _ClassVar[int]
     SECRET_FIELD_NUMBER: _ClassVar[int]
+    RETIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     id: str
     public_id: str
     name: str
@@ -85,19 +87,31 @@ class ApiKey(_message.Message):
     revoke_time: _timestamp_pb2.Timestamp
     last_used_time: _timestamp_pb2.Timestamp
     secret: str
-    def __init__(self, id: _Optional[str] = ..., public_id: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., creator: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., revoke_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., secret: _Optional[str] = ...) -> None: ...
+    retire_time: _timestamp_pb2.Timestamp
+    limits: KeyLimits
+    def __init__(self, id: _Optional[str] = ..., public_id: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., creator: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., revoke_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., secret: _Optional[str] = ..., retire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., limits: _Optional[_Union[KeyLimits, _Mapping]] = ...) -> None: ...
+
+class KeyLimits(_message.Message):
+    __slots__ = ("calls_per_minute", "executions_per_minute")
+    CALLS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    EXECUTIONS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    calls_per_minute: int
+    executions_per_minute: int
+    def __init__(self, calls_per_minute: _Optional[int] = ..., executions_per_minute: _Optional[int] = ...) -> None: ...
 
 class CreateApiKeyRequest(_message.Message):
-    __slots__ = ("name", "role", "scopes", "expire_time")
+    __slots__ = ("name", "role", "scopes", "expire_time", "limits")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     SCOPES_FIELD_NUMBER: _ClassVar[int]
     EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     scopes: _containers.RepeatedScalarFieldContainer[str]
     expire_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    limits: KeyLimits
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., limits: _Optional[_Union[KeyLimits, _Mapping]] = ...) -> None: ...
 
 class GetApiKeyRequest(_message.Message):
     __slots__ = ("id",)
@@ -144,32 +158,38 @@ class VerifyApiKeyRequest(_message.Message):
     def __init__(self, key: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class VerifyApiKeyResponse(_message.Message):
-    __slots__ = ("code", "principal")
+    __slots__ = ("code", "principal", "missing_scopes")
     CODE_FIELD_NUMBER: _ClassVar[int]
     PRINCIPAL_FIELD_NUMBER: _ClassVar[int]
+    MISSING_SCOPES_FIELD_NUMBER: _ClassVar[int]
     code: VerificationCode
     principal: Principal
-    def __init__(self, code: _Optional[_Union[VerificationCode, str]] = ..., principal: _Optional[_Union[Principal, _Mapping]] = ...) -> None: ...
+    missing_scopes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, code: _Optional[_Union[VerificationCode, str]] = ..., principal: _Optional[_Union[Principal, _Mapping]] = ..., missing_scopes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RoleAssignment(_message.Message):
-    __slots__ = ("user_id", "role", "creator", "create_time")
+    __slots__ = ("user_id", "role", "creator", "create_time", "issuer")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     CREATOR_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    ISSUER_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     role: str
     creator: str
     create_time: _timestamp_pb2.Timestamp
-    def __init__(self, user_id: _Optional[str] = ..., role: _Optional[str] = ..., creator: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    issuer: str
+    def __init__(self, user_id: _Optional[str] = ..., role: _Optional[str] = ..., creator: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., issuer: _Optional[str] = ...) -> None: ...
 
 class AssignRoleRequest(_message.Message):
-    __slots__ = ("user_id", "role")
+    __slots__ = ("user_id", "role", "issuer")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
+    ISSUER_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     role: str
-    def __init__(self, user_id: _Optional[str] = ..., role: _Optional[str] = ...) -> None: ...
+    issuer: str
+    def __init__(self, user_id: _Optional[str] = ..., role: _Optional[str] = ..., issuer: _Optional[str] = ...) -> None: ...
 
 class ListRoleAssignmentsRequest(_message.Message):
     __slots__ = ("page_size", "page_token")
@@ -188,10 +208,12 @@ class ListRoleAssignmentsResponse(_message.Message):
     def __init__(self, role_assignments: _Optional[_Iterable[_Union[RoleAssignment, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class RemoveRoleRequest(_message.Message):
-    __slots__ = ("user_id",)
+    __slots__ = ("user_id", "issuer")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
+    ISSUER_FIELD_NUMBER: _ClassVar[int]
     user_id: str
-    def __init__(self, user_id: _Optional[str] = ...) -> None: ...
+    issuer: str
+    def __init__(self, user_id: _Optional[str] = ..., issuer: _Optional[str] = ...) -> None: ...
 
 class Role(_message.Message):
     __slots__ = ("name", "scopes", "parent", "create_time")

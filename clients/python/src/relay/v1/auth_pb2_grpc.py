@@ -30,9 +30,15 @@ class AuthServiceStub:
     """Who may call: API keys, roles and users of the caller's workspace.
 
     Every method needs a credential in the metadata: "authorization: Bearer KEY"
-    or "x-api-key: KEY". Without a valid one it answers UNAUTHENTICATED
-    (CREDENTIALS_INVALID); without the scopes it names, PERMISSION_DENIED
-    (SCOPE_MISSING).
+    or "x-api-key: KEY" for an API key, "authorization: Bearer TOKEN" for a user's
+    token of an OIDC issuer that the operator named. Without a valid one it
+    answers UNAUTHENTICATED (CREDENTIALS_INVALID); after too many wrong ones,
+    RESOURCE_EXHAUSTED (AUTHENTICATION_THROTTLED); without the scopes it names,
+    PERMISSION_DENIED (SCOPE_MISSING).
+
+    A user that has a role in several workspaces names the one it means in the
+    metadata "x-relay-workspace"; one that has none there is answered
+    PERMISSION_DENIED (ROLE_MISSING).
     """
 
     def __init__(self, channel):
@@ -112,9 +118,15 @@ class AuthServiceServicer:
     """Who may call: API keys, roles and users of the caller's workspace.
 
     Every method needs a credential in the metadata: "authorization: Bearer KEY"
-    or "x-api-key: KEY". Without a valid one it answers UNAUTHENTICATED
-    (CREDENTIALS_INVALID); without the scopes it names, PERMISSION_DENIED
-    (SCOPE_MISSING).
+    or "x-api-key: KEY" for an API key, "authorization: Bearer TOKEN" for a user's
+    token of an OIDC issuer that the operator named. Without a valid one it
+    answers UNAUTHENTICATED (CREDENTIALS_INVALID); after too many wrong ones,
+    RESOURCE_EXHAUSTED (AUTHENTICATION_THROTTLED); without the scopes it names,
+    PERMISSION_DENIED (SCOPE_MISSING).
+
+    A user that has a role in several workspaces names the one it means in the
+    metadata "x-relay-workspace"; one that has none there is answered
+    PERMISSION_DENIED (ROLE_MISSING).
     """
 
     def WhoAmI(self, request, context):
@@ -127,14 +139,15 @@ class AuthServiceServicer:
     def CreateApiKey(self, request, context):
         """Makes a key. The answer is the only one that ever holds the secret.
         Errors: NOT_FOUND (no such role), PERMISSION_DENIED (CEILING_EXCEEDED:
-        the key would hold a scope that its maker lacks, or outlive its maker).
+        the key would hold a scope that its maker lacks, outlive the key that makes
+        it, or have more of a budget than that key has).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetApiKey(self, request, context):
-        """Returns one key. Errors: NOT_FOUND. Not built yet: UNIMPLEMENTED.
+        """Returns one key. Errors: NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,8 +162,12 @@ class AuthServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RotateApiKey(self, request, context):
-        """Replaces a key by a new one with the same rights; the old one keeps working
-        for a chosen overlap. Errors: NOT_FOUND. Not built yet: UNIMPLEMENTED.
+        """Replaces a key by a new one with the same name, role, scopes, limits and
+        expiry; previews of the old one are the new one's too. The old one keeps
+        working for a chosen overlap, but never past its own expiry. The answer is
+        the only one that ever holds the new secret. Errors: NOT_FOUND,
+        FAILED_PRECONDITION (KEY_INACTIVE: it no longer works), PERMISSION_DENIED
+        (CEILING_EXCEEDED: as for CreateApiKey).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -166,7 +183,10 @@ class AuthServiceServicer:
 
     def VerifyApiKey(self, request, context):
         """Tells whether a presented key of this workspace is valid, for services that
-        take Relay's keys themselves. Not built yet: UNIMPLEMENTED.
+        take Relay's keys themselves. Keys of other workspaces answer like keys that
+        never were. Nothing is noted as a use of the key. Errors: RESOURCE_EXHAUSTED
+        (AUTHENTICATION_THROTTLED: the workspace asked about too many wrong keys that
+        took a hash each).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -174,46 +194,49 @@ class AuthServiceServicer:
 
     def AssignRole(self, request, context):
         """Gives a user its one role in the workspace, replacing the one it had.
-        Errors: NOT_FOUND (no such role). Not built yet: UNIMPLEMENTED.
+        Errors: NOT_FOUND (no such role), INVALID_ARGUMENT (an issuer that this
+        server does not know, or none where it knows several), PERMISSION_DENIED
+        (CEILING_EXCEEDED: the role holds a scope that the caller lacks).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRoleAssignments(self, request, context):
-        """Lists the users of the workspace and their roles. Not built yet:
-        UNIMPLEMENTED.
+        """Lists the users of the workspace and their roles, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RemoveRole(self, request, context):
-        """Takes a user's role away. Errors: NOT_FOUND. Not built yet: UNIMPLEMENTED.
+        """Takes a user's role away, also that of a user whose issuer the server no
+        longer knows. Errors: NOT_FOUND, INVALID_ARGUMENT (no issuer named where the
+        server does not know exactly one).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateRole(self, request, context):
-        """Makes a role that narrows a built-in one. Errors: ALREADY_EXISTS. Not built
-        yet: UNIMPLEMENTED.
+        """Makes a role that narrows a built-in one. Errors: ALREADY_EXISTS,
+        INVALID_ARGUMENT (a scope that the parent lacks), PERMISSION_DENIED
+        (CEILING_EXCEEDED: a scope that the caller lacks).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRoles(self, request, context):
-        """Lists the built-in roles and those of the workspace. Not built yet:
-        UNIMPLEMENTED.
+        """Lists the built-in roles and then those of the workspace, by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteRole(self, request, context):
-        """Deletes a role of the workspace that nothing uses. Errors: NOT_FOUND,
-        FAILED_PRECONDITION (in use). Not built yet: UNIMPLEMENTED.
+        """Deletes a role of the workspace that no user has, and no key that was not
+        revoked. Errors: NOT_FOUND, FAILED_PRECONDITION (ROLE_IN_USE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -299,9 +322,15 @@ class AuthService:
     """Who may call: API keys, roles and users of the caller's workspace.
 
     Every method needs a credential in the metadata: "authorization: Bearer KEY"
-    or "x-api-key: KEY". Without a valid one it answers UNAUTHENTICATED
-    (CREDENTIALS_INVALID); without the scopes it names, PERMISSION_DENIED
-    (SCOPE_MISSING).
+    or "x-api-key: KEY" for an API key, "authorization: Bearer TOKEN" for a user's
+    token of an OIDC issuer that the operator named. Without a valid one it
+    answers UNAUTHENTICATED (CREDENTIALS_INVALID); after too many wrong ones,
+    RESOURCE_EXHAUSTED (AUTHENTICATION_THROTTLED); without the scopes it names,
+    PERMISSION_DENIED (SCOPE_MISSING).
+
+    A user that has a role in several workspaces names the one it means in the
+    metadata "x-relay-workspace"; one that has none there is answered
+    PERMISSION_DENIED (ROLE_MISSING).
     """
 
     @staticmethod

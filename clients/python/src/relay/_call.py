@@ -1,0 +1,53 @@
+"""One call as data: what is sent, for how long, when it is repeated, and how a list goes on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Self, TypeVar
+
+from google.protobuf.message import Message
+
+from relay.errors import Contention, RelayError
+
+DEADLINE = 30.0  # seconds
+
+Answer = TypeVar("Answer")
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Call(Generic[Answer]):
+    """One unary call that answers an Answer. method: its name in the service's stub."""
+
+    method: str
+    request: Message
+    timeout: float = DEADLINE
+
+    def pause(self, error: RelayError, remaining: float) -> float | None:
+        """Seconds after which to send the call again, None to give up. remaining: seconds until the deadline.
+
+        Only Execute is repeated here, and only where Relay says when: its idempotency key makes that safe. The
+        channel's service config repeats what is UNAVAILABLE.
+        """
+        if self.method != "Execute" or not isinstance(error, Contention) or error.retry_after is None:
+            return None
+        return error.retry_after if error.retry_after < remaining else None
+
+
+@dataclass(frozen=True)
+class Page(Call[Any], Generic[Item]):
+    """A call that answers one page of a list. field: the one of the answer that holds the items."""
+
+    field: str = ""
+
+    def items(self, answer: Any) -> Sequence[Item]:
+        items: Sequence[Item] = getattr(answer, self.field)
+        return items
+
+    def next(self, answer: Any) -> Self | None:
+        """The call for the page after this answer. None: it was the last one."""
+        if not answer.next_page_token:
+            return None
+        request: Any = type(self.request)()
+        request.CopyFrom(self.request)
+        request.page_token = answer.next_page_token
+        return replace(self, request=request)

@@ -1,0 +1,50 @@
+"""The operator's way into the database: one transaction as relay_owner, whose event tells what it changed."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import asyncpg
+
+from relay_grpc.audit import store
+from relay_grpc.audit.event import ActorType, Event
+from relay_grpc.db import COMMAND_TIMEOUT, CONNECT_TIMEOUT, OWNER, DatabaseUnusable, reason
+
+if TYPE_CHECKING:
+    from relay_grpc.db import Connection
+
+
+@asynccontextmanager
+async def as_owner(url: str) -> AsyncIterator["Connection"]:
+    """A transaction that sees every workspace. Raises DatabaseUnusable."""
+    try:
+        connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, command_timeout=COMMAND_TIMEOUT)
+    except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise DatabaseUnusable(f"the database can't be reached: {reason(error)}; check DATABASE_URL") from error
+    try:
+        async with connection.transaction():
+            await connection.execute(f"SET LOCAL ROLE {OWNER}")
+            yield connection
+    except (asyncpg.InvalidParameterValueError, asyncpg.UndefinedTableError) as error:
+        raise DatabaseUnusable("the database has no Relay in it: run `relay migrate`") from error
+    except asyncpg.UndefinedColumnError as error:
+        raise DatabaseUnusable("the schema is not the one of this version: run `relay migrate`") from error
+    except (TimeoutError, asyncpg.PostgresError) as error:
+        raise DatabaseUnusable(f"the database refuses: {reason(error)}") from error
+    finally:
+        await connection.close()
+
+
+async def record(
+    connection: "Connection", workspace_id: UUID, action: str, target: str, *, params_prefix: str = ""
+) -> None:
+    """Writes the event of what the operator does in this transaction. action: such as "operator.CreateApiKey"."""
+    event = Event(
+        workspace_id=workspace_id,
+        action=action,
+        target=target,
+        actor_type=ActorType.OPERATOR,
+        params_prefix=params_prefix,
+    )
+    await store.insert(connection, [event])
