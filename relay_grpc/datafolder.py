@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from relay_grpc.settings import NamedKey, Settings
+from relay_grpc.setting_types import NamedKey
+from relay_grpc.settings import Settings
 
 KEY_MATERIAL = "key-material.env"
 CREDENTIALS = "credentials.env"

@@ -3,17 +3,25 @@
 `load` reports all problems together, so that an operator fixes them in one go. docs/reference.md tells them all.
 """
 
-import base64
-import binascii
 import os
-import re
 from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import platformdirs
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from relay_grpc.setting_types import (
+    Address,
+    HashKey,
+    Issuers,
+    Listen,
+    NamedKeys,
+    Networks,
+    PostgresUrl,
+    RedisUrl,
+    SigningSecret,
+)
 
 MOST_CALLS, MOST_EXECUTIONS = 10_000_000, 1_000_000  # that a limit can be, in units a minute
 
@@ -24,116 +32,6 @@ class SettingsError(Exception):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
-
-
-class Address(BaseModel):
-    """Where to listen. port 0: the system chooses."""
-
-    model_config = ConfigDict(frozen=True)
-    host: str
-    port: int = Field(ge=0, le=65535)
-
-    @classmethod
-    def parse(cls, text: Any) -> Any:
-        host, colon, port = str(text).rpartition(":")
-        if not colon or not host or not port.isdecimal() or int(port) > 65535:
-            raise ValueError("should be HOST:PORT, such as 127.0.0.1:50051")
-        return cls(host=host.strip("[]"), port=int(port))
-
-    @property
-    def is_loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def _postgres_url(value: SecretStr) -> SecretStr:
-    if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
-        raise ValueError("should be a postgresql:// URL")
-    return value
-
-
-def _redis_url(value: SecretStr) -> SecretStr:
-    if not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
-        raise ValueError("should be a redis://, rediss:// or unix:// URL")
-    return value
-
-
-def _signing_secret(value: SecretStr) -> SecretStr:
-    text = value.get_secret_value()
-    try:
-        raw = base64.b64decode(text[6:], validate=True) if text.startswith("whsec_") else text.encode()
-    except binascii.Error:
-        raw = b""
-    if not 24 <= len(raw) <= 64:
-        raise ValueError("should be whsec_ and the base64 of 24 to 64 bytes, or 24 to 64 characters")
-    return value
-
-
-def _split(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-class NamedKey(BaseModel):
-    """Key material that is rotated: an id, which is stored beside what it made, and 32 bytes. Written ID:BASE64."""
-
-    model_config = ConfigDict(frozen=True)
-    id: str
-    key: bytes = Field(repr=False)
-
-    @classmethod
-    def parse(cls, text: Any) -> Any:
-        id_, colon, encoded = str(text).partition(":")
-        try:
-            key = base64.b64decode(encoded, validate=True)
-        except binascii.Error:
-            key = b""
-        if not colon or not id_ or len(key) != 32:
-            raise ValueError("each key should be ID:BASE64 with 32 bytes, such as those of 'relay keygen'")
-        return cls(id=id_, key=key)
-
-
-_ISSUER = re.compile(
-    r"(?P<url>https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:/(?:(?![?#\\])[!-~])*)?)\s+(?P<audience>[!-~]+)",
-    re.ASCII,
-)
-
-
-class OidcIssuer(BaseModel):
-    """Who signs users' tokens, and for whom they have to be meant. Written URL AUDIENCE.
-
-    No URL has a "#" in it, so URL#USER names one user of one issuer.
-    """
-
-    model_config = ConfigDict(frozen=True)
-    url: str
-    audience: str
-
-    @classmethod
-    def parse(cls, text: Any) -> Any:
-        match = _ISSUER.fullmatch(str(text))
-        if match is None or len(match["url"]) > 255:
-            raise ValueError(
-                "each issuer should be URL AUDIENCE, such as https://login.example.com relay; "
-                "the URL has no user, query or fragment, and 255 characters at most"
-            )
-        return cls(**match.groupdict())
-
-
-PostgresUrl = Annotated[SecretStr, AfterValidator(_postgres_url)]
-RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
-SigningSecret = Annotated[SecretStr, AfterValidator(_signing_secret)]
-Listen = Annotated[Address, BeforeValidator(Address.parse)]
-Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], BeforeValidator(_split)]
-NamedKeys = Annotated[tuple[Annotated[NamedKey, BeforeValidator(NamedKey.parse)], ...], BeforeValidator(_split)]
-Issuers = Annotated[tuple[Annotated[OidcIssuer, BeforeValidator(OidcIssuer.parse)], ...], BeforeValidator(_split)]
-HashKey = Annotated[SecretStr, Field(min_length=32)]
 
 
 class Settings(BaseModel):

@@ -23,7 +23,7 @@ from relay_grpc import errors
 from relay_grpc.actions.egress import Egress, EgressRefused
 from relay_grpc.auth import tokens
 from relay_grpc.auth.tokens import Defect, Identity, Keys, Token, TokenRefused
-from relay_grpc.settings import OidcIssuer
+from relay_grpc.setting_types import OidcIssuer
 from relay_grpc.telemetry import Metrics
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import argon2
 
-from relay_grpc.settings import NamedKey
+from relay_grpc.setting_types import NamedKey
 
 if TYPE_CHECKING:
     from asyncpg import Record

@@ -32,7 +32,7 @@ from relay_grpc.auth.proofs import KeyMac, Peppers, SealedKey
 from relay_grpc.auth.throttle import network_of
 from relay_grpc.db import Database
 from relay_grpc.principal import Limits, Principal, PrincipalType
-from relay_grpc.settings import NamedKey
+from relay_grpc.setting_types import NamedKey
 from relay_grpc.telemetry import Metrics
 
 STATUS_TTL = 5.0  # seconds for which a change can go unnoticed while nobody tells of changes

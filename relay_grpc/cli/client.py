@@ -74,7 +74,7 @@ def _credential(target: Target) -> tuple[str, None] | tuple[None, str]:
 
 
 def _is_local(address: str) -> bool:
-    from relay_grpc.settings import Address
+    from relay_grpc.setting_types import Address
 
     try:
         return address.startswith("unix:") or bool(Address.parse(address).is_loopback)
@@ -85,7 +85,8 @@ def _is_local(address: str) -> bool:
 def _development_key(address: str) -> str | None:
     """The admin key of this machine's development server, if that is whom the address names and nobody else."""
     from relay_grpc import datafolder
-    from relay_grpc.settings import Address, Settings, SettingsError
+    from relay_grpc.setting_types import Address
+    from relay_grpc.settings import Settings, SettingsError
 
     try:
         settings = Settings.load()

@@ -21,8 +21,9 @@ from rich.markup import escape
 
 from relay_grpc import datafolder
 from relay_grpc.actions import signing
-from relay_grpc.app import App, StartError
+from relay_grpc.app import App
 from relay_grpc.cli.running import Ready
+from relay_grpc.transport import StartError
 
 TOLERANCE_SECONDS = 300  # Standard Webhooks: how old a signature may be
 PAYLOAD = {"order": "4711", "amount": 42, "currency": "EUR"}

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from relay_grpc import datafolder
-from relay_grpc.app import App, StartError, serving
+from relay_grpc.app import App, serving
 from relay_grpc.bootstrap import bootstrap
 from relay_grpc.cli.failures import Failure
 from relay_grpc.cli.values import settings_from
@@ -21,6 +21,7 @@ from relay_grpc.db import DatabaseUnusable
 from relay_grpc.embedded import EmbeddedError, EmbeddedPostgres
 from relay_grpc.schema import migrate
 from relay_grpc.settings import Settings
+from relay_grpc.transport import StartError
 
 ALIVE_SECONDS = 0.5  # how often the embedded server is looked at
 

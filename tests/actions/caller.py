@@ -15,7 +15,7 @@ from aiohttp import web
 from relay.errors import from_rpc_error
 from relay.v1 import actions_pb2, actions_pb2_grpc, connections_pb2, connections_pb2_grpc
 
-from relay_grpc.settings import Address
+from relay_grpc.setting_types import Address
 from tests.harness import Receiver, Relay
 
 

@@ -9,7 +9,7 @@ from relay_grpc.auth.changes import Changes
 from relay_grpc.auth.verifier import STATUS_TTL, KeyVerifier
 from relay_grpc.db import Database
 from relay_grpc.principal import Principal
-from relay_grpc.settings import NamedKey
+from relay_grpc.setting_types import NamedKey
 from relay_grpc.telemetry import Metrics
 from tests.actions.caller import eventually
 

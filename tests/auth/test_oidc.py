@@ -19,7 +19,7 @@ from relay_grpc.actions.egress import Egress, EgressPolicy
 from relay_grpc.app import ANYWHERE
 from relay_grpc.auth import oidc, tokens
 from relay_grpc.auth.oidc import Pace, TokenVerifier
-from relay_grpc.settings import OidcIssuer
+from relay_grpc.setting_types import OidcIssuer
 from relay_grpc.telemetry import Metrics
 from tests.auth.issuer import AUDIENCE, Answer, Issuer, Provider, issuing, never, providing
 from tests.clients.test_client import self_signed

@@ -15,7 +15,7 @@ from relay_grpc import errors
 from relay_grpc.actions.egress import Egress, EgressPolicy
 from relay_grpc.auth.oidc import TokenVerifier
 from relay_grpc.auth.tokens import MAX_TOKEN, Defect
-from relay_grpc.settings import OidcIssuer
+from relay_grpc.setting_types import OidcIssuer
 from relay_grpc.telemetry import Metrics
 from tests.auth.issuer import AUDIENCE, Issuer, encoded, issuing, segment, signed
 

@@ -23,7 +23,7 @@ from relay_grpc.auth.users import UserVerifier
 from relay_grpc.auth.verifier import STATUS_TTL
 from relay_grpc.db import Database
 from relay_grpc.principal import PrincipalType
-from relay_grpc.settings import OidcIssuer
+from relay_grpc.setting_types import OidcIssuer
 from relay_grpc.telemetry import Metrics
 from tests.auth.issuer import AUDIENCE, Issuer, Provider, issuing, providing
 from tests.harness import Databases, Receiver, Relay, Tenant, running, settings_for

@@ -19,7 +19,7 @@ from relay_grpc.auth.proofs import HASHER, matches
 from relay_grpc.auth.verifier import Examined, KeyState
 from relay_grpc.datafolder import new_key_material
 from relay_grpc.principal import PrincipalType
-from relay_grpc.settings import NamedKey
+from relay_grpc.setting_types import NamedKey
 from tests.auth.forgery import forged, mistyped
 from tests.auth.instance import Instance, an_instance
 from tests.harness import Relay
