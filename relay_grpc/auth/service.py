@@ -153,6 +153,7 @@ def key_message(row: asyncpg.Record, *, secret: str = "") -> auth_pb2.ApiKey:
         last_used_time=row["last_used_at"],
         secret=secret,
         retire_time=row["retires_at"],
+        lineage_id=str(row["lineage_id"]),
         limits=auth_pb2.KeyLimits(calls_per_minute=limits.calls, executions_per_minute=limits.executions)
         if limits != NO_LIMITS
         else None,

@@ -186,6 +186,7 @@ def _key(key: "auth_pb2.ApiKey") -> RenderableType:
             "role": key.role,
             "scopes": " ".join(key.scopes),
             "limits": _limits(key.limits),
+            "lineage": key.lineage_id,
             "creator": key.creator,
             "created": moment(key, "create_time"),
             "last used": moment(key, "last_used_time"),

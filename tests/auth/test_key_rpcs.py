@@ -118,6 +118,7 @@ async def test_a_rotation_copies_everything(relay: Relay) -> None:
         assert not new.HasField("retire_time")
         was, is_ = ({k: v for k, v in MessageToDict(key).items() if k not in OF_ONE_KEY} for key in (old, new))
         assert is_ == was
+        assert new.lineage_id == old.lineage_id == old.id
         retire_time = (await client.auth.get_api_key(old.id)).retire_time
     assert abs(seconds(retire_time) - seconds(new.create_time) - 3600) < 5
     assert await works(relay, old)
