@@ -4,8 +4,8 @@ A layer takes a Method and the next handler and returns a handler. A handler tak
 the answer. A streaming method's answers go out through `call.send` instead, so every layer serves both kinds.
 """
 
+import random
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import reduce
@@ -22,6 +22,10 @@ Handler = Callable[[Call, Any], Awaitable[Any]]
 Layer = Callable[[Method, Handler], Handler]
 Servicer = Any  # an object whose methods are named like the service's RPCs and take (request, call)
 _REQUEST_ID = re.compile(r"(?!rk_)[0-9A-Za-z._-]{1,64}")  # an API key in the wrong place is not to be logged
+
+
+def _new_request_id() -> str:
+    return f"{random.getrandbits(128):032x}"  # names a call, and is no secret
 
 
 def compose(layers: Sequence[Layer], method: Method, handler: Handler) -> Handler:
@@ -82,7 +86,7 @@ def _adapter(method: Method, handler: Handler, proxies: Sequence[Network]) -> Ca
             method=method,
             metadata=metadata,
             peer=address_of(context.peer(), received, proxies),
-            request_id=request_id if _REQUEST_ID.fullmatch(request_id) else secrets.token_hex(16),
+            request_id=request_id if _REQUEST_ID.fullmatch(request_id) else _new_request_id(),
             deadline=float("inf") if remaining is None else time.monotonic() + remaining,
             send=context.write,
         )

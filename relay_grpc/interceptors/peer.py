@@ -16,9 +16,9 @@ def address_of(peer: str, metadata: Iterable[tuple[str, str | bytes]], proxies: 
     Every proxy appends whom it heard from, so the header is read from its end: the first that is no proxy is the
     caller, and whatever stands before it is its own invention.
     """
-    address = _address_of(peer)
+    address, text = _address_of(peer)
     if not proxies or address is None or not _is_in(address, proxies):
-        return str(address or peer.partition(":")[0])
+        return text
     told = [hop for key, value in metadata if key == HEADER for hop in str(value).split(",")]
     for hop in reversed(told):
         further = parse(hop)
@@ -31,10 +31,11 @@ def address_of(peer: str, metadata: Iterable[tuple[str, str | bytes]], proxies: 
 
 
 @lru_cache(maxsize=4096)  # connections
-def _address_of(peer: str) -> Address | None:
-    """Of "ipv4:127.0.0.1:4711" and "ipv6:%5B::1%5D:4711"; None: it is no network connection."""
+def _address_of(peer: str) -> tuple[Address | None, str]:
+    """Of "ipv4:127.0.0.1:4711" and "ipv6:%5B::1%5D:4711", with its text; None: it is no network connection."""
     kind, _, rest = peer.partition(":")
-    return parse(rest.replace("%5B", "[").replace("%5D", "]")) if kind in ("ipv4", "ipv6") else None
+    address = parse(rest.replace("%5B", "[").replace("%5D", "]")) if kind in ("ipv4", "ipv6") else None
+    return address, str(address or kind)
 
 
 def parse(text: str) -> Address | None:
