@@ -236,7 +236,7 @@ async def _limiter(stack: AsyncExitStack, settings: Settings, db: Database, metr
     limiter: Limiter = local
     if settings.redis_url is not None:
         try:
-            limiter = RedisLimiter(settings.redis_url.get_secret_value(), local)
+            limiter = RedisLimiter(settings.redis_url.get_secret_value(), local, settings.redis_timeout)
         except ValueError as error:
             raise StartError(str(error)) from None
     stack.push_async_callback(limiter.close)

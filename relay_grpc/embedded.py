@@ -229,18 +229,21 @@ def running_at(folder: Path) -> str | None:
     """The URL of the server that runs in this folder, whoever owns it; None: none does. Raises OSError."""
     try:
         with open(folder / "server.lock") as lock:
-            return None if _lock(lock) else _url(lock.readline().strip(), "relay")
+            if _lock(lock, fcntl.LOCK_SH):  # shared: who else asks at the same time is no server
+                return None
+            sockets = lock.readline().strip()
     except FileNotFoundError:
         return None
+    return _url(sockets, "relay") if sockets else None  # of one that only just starts, nothing is known yet
 
 
 def _url(sockets: str, database: str) -> str:
     return f"postgresql://relay@/{quote(database, safe='')}?host={quote(sockets, safe='')}&port=5432"
 
 
-def _lock(file: IO[str]) -> bool:
+def _lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
     with suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
         return True
     return False
 

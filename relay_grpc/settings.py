@@ -51,6 +51,13 @@ class Settings(BaseModel):
     redis_url: RedisUrl | None = Field(
         None, alias="REDIS_URL", description="Redis or Valkey, for limits that instances share. Unset: each its own."
     )
+    redis_timeout: float = Field(
+        0.04,
+        alias="RELAY_REDIS_TIMEOUT",
+        ge=0.005,
+        le=1,
+        description="Seconds that a Redis which is lost or frozen may cost the calls that find it so.",
+    )
     rate_limit_enabled: bool = Field(True, alias="RATE_LIMIT_ENABLED", description="Whether calls are limited at all.")
     executions_per_minute: int = Field(
         60, alias="RATE_LIMIT_EXEC_PER_MIN", ge=1, le=MOST_EXECUTIONS, description="Executions a minute, per workspace."

@@ -14,7 +14,6 @@ from relay_grpc.ratelimit.node import KEY_PREFIX, Node
 from relay_grpc.ratelimit.window import Charge, Decision, Window, decide, merged, share, spend
 
 UNUSED = Window()
-ANSWER_TIMEOUT = 0.04  # seconds that a lost or frozen Redis may cost a call; 50 ms with what comes around it
 
 # Over what the URL says. The timeouts are kept here: redis-py would set a timer for every command.
 OPTIONS = {"protocol": 2, "driver_info": None, "socket_timeout": None, "socket_connect_timeout": None}
@@ -58,8 +57,9 @@ class LocalLimiter:
         instances = max(1, self._instances())
         if instances > 1:
             charges = [charge._replace(limit=_limit(charge.limit, instances)) for charge in charges]
-        before = [self._window(charge.subject, instances) for charge in charges]
-        after, decision = spend(int(self._clock() * 1000), before, charges)
+        now = int(self._clock() * 1000)
+        before = [self._window(now, charge.subject, instances) for charge in charges]
+        after, decision = spend(now, before, charges)
         for charge, window in zip(charges, after, strict=True):
             self._spent.keep(charge.subject, window)
         return decision
@@ -72,9 +72,9 @@ class LocalLimiter:
     async def close(self) -> None:
         pass
 
-    def _window(self, subject: str, instances: int) -> Window:
+    def _window(self, now: int, subject: str, instances: int) -> Window:
         spent, noted = self._spent.of(subject), self._noted.of(subject)
-        return spent if noted is UNUSED else merged(spent, share(noted, instances))
+        return spent if noted is UNUSED else merged(now, spent, share(noted, instances))
 
 
 class _Windows:
@@ -101,14 +101,14 @@ def _limit(limit: int, instances: int) -> int:
 class RedisLimiter:
     """Counts in Redis 5 or later, Valkey, or a cluster of either, for all instances together.
 
-    While Redis is lost or frozen `fallback` decides, from what Redis said last: no limit is ever lifted, nor granted
-    anew. Redis is tried again by itself.
+    While Redis is lost or frozen `fallback` decides, from what Redis said last: no limit is ever lifted, and no
+    instance grants its share of it anew. Redis is tried again by itself, and is not told what was granted meanwhile.
     Only the calls that are under way when Redis is lost wait for it, and for `answer_timeout` seconds at most.
     Construct it in a running event loop. A Redis that can't be reached is logged; a URL that can't be read raises
     ValueError, whose text doesn't repeat the URL, for its password.
     """
 
-    def __init__(self, url: str, fallback: LocalLimiter, answer_timeout: float = ANSWER_TIMEOUT) -> None:
+    def __init__(self, url: str, fallback: LocalLimiter, answer_timeout: float) -> None:
         try:
             self._options: dict[str, Any] = {**parse_url(url), **OPTIONS}
             self._connection_class = self._options.pop("connection_class", Connection)

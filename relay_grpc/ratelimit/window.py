@@ -110,10 +110,14 @@ def share(window: Window, instances: int) -> Window:
     return Window(window.minute, -(-window.current // instances), -(-window.previous // instances))
 
 
-def merged(one: Window, other: Window) -> Window:
-    """At least what either of them says was spent."""
-    now = max(one.minute, other.minute) * MINUTE
+def merged(now: int, one: Window, other: Window) -> Window:
+    """At least what either of them says was spent, each as far as it still counts at `now`.
+
+    So one that was counted by a clock far ahead doesn't push out the other.
+    """
     one, other = _at(now, one), _at(now, other)
+    later = max(one.minute, other.minute) * MINUTE
+    one, other = _at(later, one), _at(later, other)
     return Window(one.minute, max(one.current, other.current), max(one.previous, other.previous))
 
 

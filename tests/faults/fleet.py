@@ -109,11 +109,11 @@ class Fleet:
 
 
 @asynccontextmanager
-async def two_instances(url: str, valkey: Valkey, folder: Path) -> AsyncIterator[Fleet]:
+async def two_instances(url: str, valkey: Valkey, folder: Path, **environ: str) -> AsyncIterator[Fleet]:
     """The fleet, once each of the two knows of the other and counts in Redis."""
     settings = settings_for(folder)
     async with AsyncExitStack() as stack:
-        serving = [stack.enter_async_context(served(url, folder, REDIS_URL=valkey.url)) for _ in range(2)]
+        serving = [stack.enter_async_context(served(url, folder, REDIS_URL=valkey.url, **environ)) for _ in range(2)]
         instances = []
         for grpc_at, http_at in await asyncio.gather(*serving):
             options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))

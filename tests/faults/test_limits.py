@@ -5,18 +5,18 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from statistics import quantiles
 from uuid import UUID
 
 import pytest
 
-from relay_grpc.ratelimit.limiter import ANSWER_TIMEOUT
 from relay_grpc.ratelimit.node import KEY_PREFIX
 from relay_grpc.ratelimit.window import Window
 from tests.actions.caller import eventually
 from tests.faults.fleet import Fleet, Instance, Sample, two_instances
 from tests.harness import Databases
-from tests.ratelimit.spending import as_kept
+from tests.ratelimit.spending import REDIS_TIMEOUT, as_kept
 from tests.valkey import running
 
 Figure = Callable[[str], None]
@@ -39,14 +39,22 @@ def codes(samples: Sequence[Sample]) -> Counter[str]:
     return Counter(sample.code for sample in samples)
 
 
-async def test_two_processes_admit_exactly_the_budget_of_many_concurrent_calls(fleet: Fleet) -> None:
-    _, key = await fleet.new_workspace(100)
-    before = await fleet.admitted()
-    await within_a_minute(20)
-    samples = await asyncio.gather(*(fleet.instances[n % 2].call(key) for n in range(2000)))
-    assert codes(samples) == {"OK": 100, "RESOURCE_EXHAUSTED": 1900}
-    assert await fleet.admitted() - before == 100
-    assert await fleet.degraded() == [0, 0]
+async def test_two_processes_admit_exactly_the_budget_of_many_concurrent_calls(
+    databases: Databases, tmp_path: Path
+) -> None:
+    """Redis gets a second to answer: on a machine of two cores the burst itself may hold it up."""
+    with running() as valkey:
+        async with (
+            databases.new() as url,
+            two_instances(url, valkey, tmp_path, RELAY_REDIS_TIMEOUT="1") as fleet,
+        ):
+            _, key = await fleet.new_workspace(100)
+            before = await fleet.admitted()
+            await within_a_minute(20)
+            samples = await asyncio.gather(*(fleet.instances[n % 2].call(key) for n in range(2000)))
+            assert codes(samples) == {"OK": 100, "RESOURCE_EXHAUSTED": 1900}
+            assert await fleet.admitted() - before == 100
+            assert await fleet.degraded() == [0, 0]
 
 
 @pytest.mark.long
@@ -127,7 +135,7 @@ async def test_without_redis_limits_hold_and_calls_do_not_wait(
         f"{rounds} rounds, {admitted} of {len(samples)} calls admitted, at most {bound:.0f}; "
         f"added to the median {median * 1e3:.1f} ms, to p99 {p99 * 1e3:.1f} ms"
     )
-    assert median < ANSWER_TIMEOUT / 2  # no call waits but those that find Redis gone
+    assert median < REDIS_TIMEOUT / 2  # no call waits but those that find Redis gone
     assert p99 <= (0.05 if long else 0.5)  # the machine may have other things to do, and a short run few calls
 
 
@@ -168,7 +176,8 @@ async def test_who_waits_as_long_as_a_refusal_says_is_admitted(fleet: Fleet, lon
         found = []
         for _ in range(rounds):
             minute, elapsed = divmod(time.time(), 60)
-            full = Window(int(minute), math.ceil(limit * elapsed / 60) + 1, limit)  # a unit comes free every 10 ms
+            # A unit comes free every 10 ms, the next one in 200: slow machines meet a refusal too.
+            full = Window(int(minute), math.ceil(limit * elapsed / 60) + 20, limit)
             fleet.valkey.client.set(f"{KEY_PREFIX}{{{workspace_id}}}:calls", as_kept(full))
             refused = await instance.call(key)
             assert refused.code == "RESOURCE_EXHAUSTED"

@@ -24,7 +24,7 @@ import pytest
 import sqlalchemy
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from relay_grpc.embedded import EmbeddedError, EmbeddedPostgres
+from relay_grpc.embedded import EmbeddedError, EmbeddedPostgres, running_at
 
 ROOT = os.geteuid() == 0
 NOBODY = pwd.getpwnam("nobody")
@@ -314,6 +314,19 @@ def test_another_program_that_got_the_pid_of_a_dead_server_is_left_alone(folder)
     bystander.kill()
     bystander.wait()
     server.stop()
+
+
+def test_only_a_server_that_says_where_it_is_runs_in_a_folder(tmp_path):
+    assert running_at(tmp_path) is None
+    lock_file = tmp_path / "server.lock"
+    lock_file.touch()
+    with lock_file.open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert running_at(tmp_path) is None  # it only just starts: an address without a socket leads to another server
+        print("/sockets", 1, sep="\n", file=lock, flush=True)
+        assert str(running_at(tmp_path)).startswith("postgresql://relay@/relay?host=%2Fsockets&")
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as somebody else who asks
+        assert running_at(tmp_path) is None
 
 
 def test_ctrl_c_reaches_the_owner_alone(folder):

@@ -5,8 +5,10 @@ from uuid import uuid4
 
 from relay_grpc.ratelimit.limiter import Limiter, LocalLimiter, RedisLimiter
 from relay_grpc.ratelimit.window import Charge, Decision, Window
+from relay_grpc.settings import Settings
 
 INSTANCES = 4
+REDIS_TIMEOUT: float = Settings.model_fields["redis_timeout"].default  # seconds
 
 
 def new_subject() -> str:

@@ -136,6 +136,14 @@ async def test_a_clock_that_steps_back_and_forth_over_a_boundary_forgets_nobody(
     assert await admitted(10, "spent", 5, limiter) == 0
 
 
+@pytest.mark.parametrize("ahead", [-3, -1, 0, 1, 2, 60])
+async def test_a_redis_whose_clock_is_off_lifts_no_limit_when_it_is_lost(subject: str, ahead: int):
+    """ahead: of this process's clock, in minutes."""
+    limiter = LocalLimiter(clock=lambda: 6_000.0)
+    limiter.note([charge(subject, 1, 10)], [Window(100 + ahead, 4, 0)])
+    assert await admitted(50, subject, 10, limiter) == (6 if ahead in (-1, 0, 1) else 10)
+
+
 # In Redis
 
 

@@ -10,7 +10,7 @@ import pytest
 from relay_grpc.ratelimit.limiter import LocalLimiter, RedisLimiter
 from relay_grpc.ratelimit.node import KEY_PREFIX, RECONNECT_INTERVAL
 from relay_grpc.ratelimit.window import Decision
-from tests.ratelimit.spending import INSTANCES, admitted, charge, connected, new_subject, take, until
+from tests.ratelimit.spending import INSTANCES, REDIS_TIMEOUT, admitted, charge, connected, new_subject, take, until
 from tests.valkey import SLOTS, Valkey, cluster, running, take_over
 
 
@@ -31,8 +31,8 @@ async def test_a_killed_redis_is_replaced_by_shares_until_it_is_back(
     await limiter.close()
 
 
-async def test_losing_redis_again_and_again_grants_nothing_anew(own_valkey: Valkey, subject: str):
-    limiters = [RedisLimiter(own_valkey.url, LocalLimiter(lambda: 2)) for _ in range(2)]
+async def test_losing_redis_again_and_again_lets_no_instance_grant_its_share_anew(own_valkey: Valkey, subject: str):
+    limiters = [RedisLimiter(own_valkey.url, LocalLimiter(lambda: 2), REDIS_TIMEOUT) for _ in range(2)]
     for limiter in limiters:
         await until(limiter, degraded=False)
     total = await admitted(30, subject, 100, *limiters)
@@ -51,7 +51,7 @@ async def test_losing_redis_again_and_again_grants_nothing_anew(own_valkey: Valk
 
 
 async def test_a_frozen_redis_costs_one_short_wait(own_valkey: Valkey, subject: str):
-    limiter = RedisLimiter(own_valkey.url, LocalLimiter(lambda: INSTANCES))
+    limiter = RedisLimiter(own_valkey.url, LocalLimiter(lambda: INSTANCES), REDIS_TIMEOUT)
     await until(limiter, degraded=False)
     own_valkey.freeze()
     began = time.perf_counter()
@@ -129,7 +129,7 @@ async def test_redis_absent_at_the_start_is_logged_once_and_not_fatal(
     own_valkey: Valkey, subject: str, caplog: pytest.LogCaptureFixture
 ):
     own_valkey.kill()
-    limiter = RedisLimiter(own_valkey.url, LocalLimiter(lambda: INSTANCES))
+    limiter = RedisLimiter(own_valkey.url, LocalLimiter(lambda: INSTANCES), REDIS_TIMEOUT)
     assert await admitted(200, subject, 100, limiter) == 100 // INSTANCES
     await asyncio.sleep(2 * RECONNECT_INTERVAL)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -141,7 +141,7 @@ async def test_redis_absent_at_the_start_is_logged_once_and_not_fatal(
 async def test_a_wrong_password_falls_over_and_is_not_logged(subject: str, caplog: pytest.LogCaptureFixture):
     with running() as server:
         server.client.config_set("requirepass", "right")
-        limiter = RedisLimiter(server.url.replace("//", "//:pa%2Fss@"), LocalLimiter())
+        limiter = RedisLimiter(server.url.replace("//", "//:pa%2Fss@"), LocalLimiter(), REDIS_TIMEOUT)
         assert await admitted(20, subject, 10, limiter) == 10
         assert limiter.degraded
         await limiter.close()
@@ -165,7 +165,7 @@ async def test_a_wrong_password_falls_over_and_is_not_logged(subject: str, caplo
 )
 async def test_a_url_that_cannot_be_read_is_refused_in_one_sentence(url: str):
     with pytest.raises(ValueError, match=r"^REDIS_URL can't be read: write redis://") as refusal:
-        RedisLimiter(url, LocalLimiter())
+        RedisLimiter(url, LocalLimiter(), REDIS_TIMEOUT)
     assert "hidden" not in str(refusal.value)
     assert refusal.value.__suppress_context__
 
@@ -230,7 +230,7 @@ async def test_a_cluster_is_followed_when_it_loses_a_node():
 
 async def test_a_frozen_node_of_a_cluster_costs_its_own_slots_one_short_wait(nodes: list[Valkey]):
     subjects = new_subjects()
-    limiter = RedisLimiter(nodes[0].url, LocalLimiter(lambda: INSTANCES))
+    limiter = RedisLimiter(nodes[0].url, LocalLimiter(lambda: INSTANCES), REDIS_TIMEOUT)
     await until(limiter, degraded=False)
     assert sum([await of_both(subject, limiter) for subject in subjects]) == 40
     nodes[1].freeze()
