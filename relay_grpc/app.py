@@ -1,21 +1,29 @@
 """The composition root: the only place that constructs the parts of a server, and takes them down in reverse."""
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 
-from relay_grpc import errors
+from relay_grpc.actions.attempts import Attempts
 from relay_grpc.actions.catalogue import CATALOGUE
+from relay_grpc.actions.destinations import EgressPolicy
 from relay_grpc.actions.dispatcher import Dispatcher
-from relay_grpc.actions.egress import Egress, EgressPolicy
+from relay_grpc.actions.egress import Egress
+from relay_grpc.actions.executions import Executions
+from relay_grpc.actions.health import Health
+from relay_grpc.actions.providers import Provider
 from relay_grpc.actions.providers.webhook import WebhookProvider
+from relay_grpc.actions.recoveries import Recoveries
 from relay_grpc.actions.service import ActionsService
+from relay_grpc.actions.sweeper import Sweeper
+from relay_grpc.actions.upkeep import Upkeep
+from relay_grpc.actions.watching import Watching
 from relay_grpc.audit.recorder import Recorder
 from relay_grpc.audit.service import AuditService
 from relay_grpc.auth.changes import Changes
@@ -24,14 +32,17 @@ from relay_grpc.auth.roles import Roles
 from relay_grpc.auth.service import AuthService
 from relay_grpc.auth.users import UserVerifier
 from relay_grpc.auth.verifier import KeyVerifier
+from relay_grpc.call import Method
+from relay_grpc.connections.rotation import Rotation
 from relay_grpc.connections.secrets import Vault
 from relay_grpc.connections.service import ConnectionsService
 from relay_grpc.db import Database
+from relay_grpc.housekeeping import housekeeping
 from relay_grpc.instances import Instances
 from relay_grpc.interceptors.audit import audit
 from relay_grpc.interceptors.authentication import authentication
 from relay_grpc.interceptors.authorization import authorization
-from relay_grpc.interceptors.base import Layer
+from relay_grpc.interceptors.base import Layer, Servicer
 from relay_grpc.interceptors.policy import methods
 from relay_grpc.interceptors.rate_limit import rate_limit
 from relay_grpc.interceptors.status import status
@@ -44,8 +55,7 @@ from relay_grpc.sidecar import Sidecar
 from relay_grpc.telemetry import Metrics, Tracer, tracer_provider
 from relay_grpc.transport import StartError, Transport, taken
 
-log = logging.getLogger(__name__)
-HOUSEKEEPING_SECONDS = 2.0
+EXECUTE = "/relay.v1.ActionsService/Execute"
 ANYWHERE = (ip_network("0.0.0.0/0"), ip_network("::/0"))
 
 
@@ -78,31 +88,12 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
         stack.push_async_callback(recorder.close)
         callers = _callers(stack, settings, db, metrics)
         vault = Vault({key.id: key.key for key in settings.encryption_keys})
-        webhooks = WebhookProvider(_egress(stack, settings, settings.egress_allow), settings.attempt_timeout)
-        providers = (webhooks,)
-        dispatcher = Dispatcher(
-            db,
-            vault,
-            providers,
-            CATALOGUE,
-            metrics,
-            tracer,
-            lease=settings.lease,
-            sweep_interval=settings.sweep_interval,
-        )
-        stack.push_async_callback(dispatcher.stop, 0)
+        deliveries = _deliveries(stack, settings, db, vault, metrics, tracer)
 
         layers = _layers(settings, tracer, metrics, recorder, callers, limiter)
-        roles = Roles(db, recorder, callers.changes, callers.users.issuer)
-        servicers = {
-            "AuthService": AuthService(
-                db, recorder, callers.keys, callers.changes, roles, live=not settings.is_development
-            ),
-            "ConnectionsService": ConnectionsService(db, recorder, vault, webhooks),
-            "ActionsService": ActionsService(db, recorder, dispatcher, providers, enabled=settings.actions_are_enabled),
-            "AuditService": AuditService(db),
-        }
-        transport = Transport(settings, methods(), servicers, layers)
+        rpcs = methods()
+        servicers = _servicers(settings, db, recorder, callers, vault, deliveries, rpcs)
+        transport = Transport(settings, rpcs, servicers, layers)
         stopping = asyncio.Event()
 
         async def ready() -> Mapping[str, bool]:
@@ -112,24 +103,19 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
             """Calls and attempts under way share one grace: what the calls leave of it is the attempts'."""
             stopping.set()
             started = time.monotonic()
+            await deliveries.sweeper.stop()
+            await deliveries.dispatcher.watching.stop()
             await transport.stop(settings.shutdown_grace)
-            await dispatcher.stop(max(0.0, settings.shutdown_grace - (time.monotonic() - started)))
+            await deliveries.dispatcher.stop(max(0.0, settings.shutdown_grace - (time.monotonic() - started)))
 
-        sidecar = Sidecar(
-            settings.http_listen.host,
-            settings.http_listen.port,
-            metrics=metrics if settings.telemetry_enabled else None,
-            ready=ready,
-        )
-        try:
-            http_port = await sidecar.start()
-        except OSError as error:
-            raise StartError(taken("RELAY_HTTP_LISTEN", settings.http_listen)) from error
-        stack.push_async_callback(sidecar.stop)
+        http_port = await _sidecar(stack, settings, metrics, ready)
         await transport.start()
         stack.push_async_callback(stop_serving)
-        housekeeping = asyncio.create_task(_housekeeping(db, callers, recorder, transport))
-        stack.callback(housekeeping.cancel)
+        upkeep = Upkeep(db, metrics, retention=timedelta(hours=settings.execution_retention))
+        upkeep.start()
+        stack.push_async_callback(upkeep.stop)
+        keeping = asyncio.create_task(housekeeping(db, callers.tokens, callers.keys, recorder, transport))
+        stack.callback(keeping.cancel)
         yield App(
             listen=transport.listen,
             http_listen=Address(host=settings.http_listen.host, port=http_port),
@@ -162,6 +148,69 @@ def _callers(stack: AsyncExitStack, settings: Settings, db: Database, metrics: M
     users = UserVerifier(db, tokens, changes)
     stack.push_async_callback(users.close)
     return _Callers(changes, keys, tokens, users)
+
+
+@dataclass(frozen=True, slots=True)
+class _Deliveries:
+    """What makes attempts."""
+
+    webhooks: WebhookProvider
+    providers: tuple[Provider, ...]
+    dispatcher: Dispatcher
+    sweeper: Sweeper
+
+
+def _deliveries(
+    stack: AsyncExitStack, settings: Settings, db: Database, vault: Vault, metrics: Metrics, tracer: Tracer
+) -> _Deliveries:
+    webhooks = WebhookProvider(_egress(stack, settings, settings.egress_allow), settings.attempt_timeout)
+    providers = (webhooks,)
+    health = Health(db, metrics, pause=settings.breaker_pause)
+    stack.push_async_callback(health.close)
+    watching = Watching(db)
+    stack.push_async_callback(watching.stop)
+    dispatcher = Dispatcher(
+        db,
+        Attempts(vault, providers, tracer),
+        health,
+        watching,
+        [action for action in CATALOGUE if action.provider in {provider.name for provider in providers}],
+        metrics,
+        lease=settings.lease,
+        concurrency=settings.connection_concurrency,
+        floor=settings.retry_floor,
+    )
+    stack.push_async_callback(dispatcher.stop, 0)
+    sweeper = Sweeper(dispatcher, settings.sweep_interval)
+    stack.push_async_callback(sweeper.stop)
+    return _Deliveries(webhooks, providers, dispatcher, sweeper)
+
+
+def _servicers(
+    settings: Settings,
+    db: Database,
+    recorder: Recorder,
+    callers: _Callers,
+    vault: Vault,
+    deliveries: _Deliveries,
+    rpcs: Mapping[str, Method],
+) -> Mapping[str, Sequence[Servicer]]:
+    """What answers, by service."""
+    roles = Roles(db, recorder, callers.changes, callers.users.issuer)
+    runs = deliveries.providers if settings.actions_are_enabled else ()
+    return {
+        "AuthService": (
+            AuthService(db, recorder, callers.keys, callers.changes, live=not settings.is_development),
+            roles,
+        ),
+        "ConnectionsService": (ConnectionsService(db, recorder, vault, deliveries.webhooks), Rotation(recorder, vault)),
+        "ActionsService": (
+            ActionsService(db, recorder, deliveries.dispatcher, runs, quota_cost=rpcs[EXECUTE].executions),
+            Executions(db, recorder, deliveries.dispatcher, frozenset(provider.name for provider in runs)),
+            Recoveries(db, recorder, enabled=settings.actions_are_enabled),
+        ),
+        "AuditService": (AuditService(db),),
+    }
 
 
 def _egress(stack: AsyncExitStack, settings: Settings, allow: tuple[IPv4Network | IPv6Network, ...]) -> Egress:
@@ -201,19 +250,21 @@ def _rate_limit(settings: Settings, metrics: Metrics, limiter: Limiter) -> Layer
     )
 
 
-async def _housekeeping(db: Database, callers: _Callers, recorder: Recorder, transport: Transport) -> None:
-    """What is done now and then: issuers' keys are read, used keys and refusals noted, health follows the database."""
-    while True:
-        await asyncio.sleep(HOUSEKEEPING_SECONDS)
-        try:
-            callers.tokens.refresh()
-            await transport.tell_health(serving=await db.answers())
-            await callers.keys.note_used()
-            await recorder.flush()
-        except errors.RelayError as error:
-            log.warning("housekeeping: %s", error)
-        except Exception:
-            log.exception("housekeeping stumbled")
+async def _sidecar(
+    stack: AsyncExitStack,
+    settings: Settings,
+    metrics: Metrics,
+    ready: Callable[[], Coroutine[Any, Any, Mapping[str, bool]]],
+) -> int:
+    """Starts it; returns its port."""
+    shown = metrics if settings.telemetry_enabled else None
+    sidecar = Sidecar(settings.http_listen.host, settings.http_listen.port, metrics=shown, ready=ready)
+    try:
+        port = await sidecar.start()
+    except OSError as error:
+        raise StartError(taken("RELAY_HTTP_LISTEN", settings.http_listen)) from error
+    stack.push_async_callback(sidecar.stop)
+    return port
 
 
 def _tracer_provider(settings: Settings) -> Any:

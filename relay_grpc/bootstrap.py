@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -12,6 +12,7 @@ from relay_grpc.actions import signing
 from relay_grpc.audit.event import SYSTEM_WORKSPACE
 from relay_grpc.auth import keys, store
 from relay_grpc.auth.proofs import Peppers
+from relay_grpc.connections import secret_store
 from relay_grpc.connections import store as connections
 from relay_grpc.connections.secrets import Sealed, Undecryptable, Vault
 from relay_grpc.ids import uuid7
@@ -30,7 +31,7 @@ class Bootstrapped:
     """keys: the text of a new key for each role, empty where the workspace existed and none were asked for."""
 
     workspace_id: UUID
-    keys: dict[str, str]
+    keys: dict[str, str] = field(repr=False)
 
 
 async def bootstrap(
@@ -85,47 +86,54 @@ async def _make_key(connection: "Connection", workspace_id: UUID, role: str, set
 async def _default_connection(
     connection: "Connection", workspace_id: UUID, url: str, secret_text: str, settings: Settings
 ) -> None:
-    """WEBHOOK_URL and ACTIONS_SIGNING_SECRET as a connection of this workspace alone."""
+    """WEBHOOK_URL and ACTIONS_SIGNING_SECRET as a connection of this workspace alone; the rest of it is its users'."""
     secret = (
         signing.decode_secret(secret_text) if secret_text.startswith(signing.SECRET_PREFIX) else secret_text.encode()
     )
     vault = Vault({key.id: key.key for key in settings.encryption_keys})
-    configuration = {"url": url, "body_signature": True}
-    row = await connection.fetchrow(
-        "SELECT id, configuration, is_default FROM connections WHERE workspace_id = $1 AND name = $2",
+    # Locked, so that its secrets are not rotated meanwhile; after the default, as by whoever else takes both.
+    rows = await connection.fetch(
+        """
+        SELECT id, name, configuration, is_default FROM connections
+         WHERE workspace_id = $1 AND (name = $2 OR is_default) AND deleted_at IS NULL
+         ORDER BY is_default DESC FOR NO KEY UPDATE
+        """,
         workspace_id,
         WEBHOOK_CONNECTION,
     )
+    row = next((row for row in rows if row["name"] == WEBHOOK_CONNECTION), None)
+    told = {"url": url, "body_signature": True}
     if row is None:
-        row = await connections.insert(
+        id_ = uuid7()
+        await connections.insert(
             connection,
-            id_=uuid7(),
+            id_=id_,
             workspace_id=workspace_id,
             name=WEBHOOK_CONNECTION,
             provider="independent",
-            configuration=configuration,
+            configuration=told,
             default=True,
         )
-    elif await _is_up_to_date(connection, vault, workspace_id, row, configuration, secret):
+    elif await _is_up_to_date(connection, vault, workspace_id, row, told, secret):
         return
     else:
-        await connection.execute("DELETE FROM connection_secrets WHERE connection_id = $1", row["id"])
-        await connection.execute("UPDATE connections SET is_default = false WHERE workspace_id = $1", workspace_id)
+        id_ = row["id"]
+        await connection.execute("DELETE FROM connection_secrets WHERE connection_id = $1 AND kind <> 'headers'", id_)
+        await connections.clear_default(connection, workspace_id, besides=id_)
         await connection.execute(
             """
             UPDATE connections
-               SET configuration = $2, is_default = true, version = version + 1, updated_at = now()
+               SET configuration = configuration || $2::jsonb, is_default = true, version = version + 1,
+                   updated_at = now(), failures = 0, failing_since = NULL, probes = 0, open_until = NULL
              WHERE id = $1
             """,
-            row["id"],
-            json.dumps(configuration),
+            id_,
+            json.dumps(told),
         )
-    secret_id = uuid7()
-    sealed = vault.seal(secret, workspace_id=workspace_id, connection_id=row["id"], secret_id=secret_id)
-    await connections.insert_secret(
-        connection, id_=secret_id, workspace_id=workspace_id, connection_id=row["id"], sealed=sealed
+    await secret_store.insert(
+        connection, vault, workspace_id=workspace_id, connection_id=id_, kind=signing.Scheme.HMAC, secret=secret
     )
-    await record(connection, workspace_id, "operator.SetDefaultConnection", f"connections/{row['id']}")
+    await record(connection, workspace_id, "operator.SetDefaultConnection", f"connections/{id_}")
 
 
 async def _is_up_to_date(
@@ -133,12 +141,14 @@ async def _is_up_to_date(
     vault: Vault,
     workspace_id: UUID,
     target: asyncpg.Record,
-    configuration: Mapping[str, Any],
+    told: Mapping[str, Any],
     secret: bytes,
 ) -> bool:
-    if json.loads(target["configuration"]) != configuration or not target["is_default"]:
+    if not told.items() <= json.loads(target["configuration"]).items() or not target["is_default"]:
         return False
-    rows = await connection.fetch("SELECT * FROM connection_secrets WHERE connection_id = $1", target["id"])
+    rows = await connection.fetch(
+        "SELECT * FROM connection_secrets WHERE connection_id = $1 AND kind <> 'headers'", target["id"]
+    )
     try:
         return [
             vault.open(

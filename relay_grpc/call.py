@@ -35,6 +35,10 @@ class Method:
         return f"{self.service}.{self.rpc}"
 
 
+async def _nobody() -> None:
+    raise LookupError("a caller was to be checked again that never was checked")
+
+
 @dataclass(slots=True)
 class Call:
     """The state of one RPC. The layers fill it from the outside in; servicers read it and never see the transport.
@@ -42,7 +46,7 @@ class Call:
     deadline: on time.monotonic(), infinite where the caller set none. send: writes a message of a streaming answer.
     code, failure: how it ended. target: what it was about, where its own transaction does not tell the audit log.
     recorded: its audit event is committed. trailing: metadata for the answer. named_workspace: the one that the caller
-    says it means; None: it says nothing.
+    says it means; None: it says nothing. recheck: raises as the layers do where a stream's caller may no longer call.
     """
 
     method: Method
@@ -60,6 +64,7 @@ class Call:
     recorded: bool = False
     trailing: dict[str, str] = field(default_factory=dict)
     named_workspace: UUID | None = None
+    recheck: Callable[[], Awaitable[None]] = _nobody
     _principal: Principal | None = None
 
     @property

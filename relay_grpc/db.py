@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
 
 APP, WORKER, OWNER = "relay_app", "relay_worker", "relay_owner"
-SCHEMA_REVISION = "0002"
+SCHEMA_REVISION = "0003"
 CONNECTIONS = 10  # for requests
-WORKER_CONNECTIONS = 4
+WORKER_CONNECTIONS = 8  # two are kept by group commits; retention and recoveries must not hold up the sweeper
+# Its statements all go by an index. What Postgres takes for cheaper where it has no statistics yet (after a restore, or
+# when a queue fills within a minute) makes a claim among 10,000 connections last longer than COMMAND_TIMEOUT.
+WORKER_SETTINGS = "SET enable_seqscan = off; SET enable_bitmapscan = off; SET jit = off"
 CONNECT_TIMEOUT = 5.0  # seconds
 COMMAND_TIMEOUT = 10.0  # seconds; asyncpg's default is to wait for ever
 
@@ -206,7 +209,8 @@ async def _pool(url: str, role: str, most: int, name: str, undo: AsyncExitStack)
     """name: what operators see of it in pg_stat_activity."""
 
     async def as_role(connection: "Connection") -> None:
-        await connection.execute(f"SET ROLE {role}; SET lock_timeout = '1s'")
+        more = f"; {WORKER_SETTINGS}" if role == WORKER else ""
+        await connection.execute(f"SET ROLE {role}; SET lock_timeout = '1s'{more}")
 
     async def keep(_connection: "Connection") -> None:
         """Nothing to reset: every setting of ours is local to its transaction. It saves a round trip per call."""

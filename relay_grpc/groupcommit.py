@@ -42,6 +42,7 @@ class GroupCommit(Generic[Item, Result]):
         self._arrived = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._closed = False
         self._flusher = asyncio.create_task(self._run())
 
     async def submit(self, item: Item) -> Result:
@@ -75,16 +76,17 @@ class GroupCommit(Generic[Item, Result]):
                 await self._idle.wait()
         except TimeoutError:
             pass
+        self._closed = True  # for a cancellation that meets the end of a connection: asyncpg can lose it
         self._flusher.cancel()
         await asyncio.gather(self._flusher, return_exceptions=True)
         self._refuse_waiting(errors.Overloaded("this instance is stopping; try again"))
 
     async def _run(self) -> None:
-        while True:
+        while not self._closed:
             await self._arrived.wait()
             try:
                 async with self._db.worker() as connection:
-                    while not is_lost(connection):
+                    while not (self._closed or is_lost(connection)):
                         await self._go_out(connection)
                         if not self._waiting:
                             self._idle.set()

@@ -38,9 +38,9 @@ class Instances:
 
     async def stop(self) -> None:
         """The others no longer count this one, at once if the database answers."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        while self._task is not None and not self._task.done():
+            self._task.cancel()  # again, where it met the end of a connection: asyncpg can lose it then
+            await asyncio.wait({self._task}, timeout=1)
         try:
             async with self._db.worker() as connection:
                 await connection.execute("DELETE FROM instances WHERE id = $1", self._id)

@@ -30,6 +30,8 @@ async def as_owner(url: str) -> AsyncIterator["Connection"]:
         raise DatabaseUnusable("the database has no Relay in it: run `relay migrate`") from error
     except asyncpg.UndefinedColumnError as error:
         raise DatabaseUnusable("the schema is not the one of this version: run `relay migrate`") from error
+    except asyncpg.InterfaceError as error:  # whatever cut it, the transaction can't be left any more
+        raise DatabaseUnusable("the database ended the connection: try again") from error
     except (TimeoutError, asyncpg.PostgresError) as error:
         raise DatabaseUnusable(f"the database refuses: {reason(error)}") from error
     finally:
@@ -37,13 +39,22 @@ async def as_owner(url: str) -> AsyncIterator["Connection"]:
 
 
 async def record(
-    connection: "Connection", workspace_id: UUID, action: str, target: str, *, params_prefix: str = ""
+    connection: "Connection",
+    workspace_id: UUID,
+    action: str,
+    target: str,
+    *,
+    provider: str = "",
+    reason: str = "",
+    params_prefix: str = "",
 ) -> None:
     """Writes the event of what the operator does in this transaction. action: such as "operator.CreateApiKey"."""
     event = Event(
         workspace_id=workspace_id,
         action=action,
         target=target,
+        provider=provider,
+        reason=reason,
         actor_type=ActorType.OPERATOR,
         params_prefix=params_prefix,
     )

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
+from relay_grpc import failpoints
+
 
 class Address(BaseModel):
     """Where to listen. port 0: the system chooses."""
@@ -109,6 +111,13 @@ class OidcIssuer(BaseModel):
         return cls(**match.groupdict())
 
 
+def _failpoint(value: Any) -> Any:
+    point, colon, nth = str(value).rpartition(":")
+    if not colon or point not in failpoints.POINTS or not nth.isdecimal() or int(nth) < 1:
+        raise ValueError(f"should be POINT:NTH, where POINT is one of {', '.join(failpoints.POINTS)}")
+    return point, int(nth)
+
+
 PostgresUrl = Annotated[SecretStr, AfterValidator(_postgres_url)]
 RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 SigningSecret = Annotated[SecretStr, AfterValidator(_signing_secret)]
@@ -117,3 +126,4 @@ Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], BeforeValidator(_spl
 NamedKeys = Annotated[tuple[Annotated[NamedKey, BeforeValidator(NamedKey.parse)], ...], BeforeValidator(_split)]
 Issuers = Annotated[tuple[Annotated[OidcIssuer, BeforeValidator(OidcIssuer.parse)], ...], BeforeValidator(_split)]
 HashKey = Annotated[SecretStr, Field(min_length=32)]
+Failpoint = Annotated[tuple[str, int], BeforeValidator(_failpoint)]

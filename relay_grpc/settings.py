@@ -3,6 +3,7 @@
 `load` reports all problems together, so that an operator fixes them in one go. docs/reference.md tells them all.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from relay_grpc.setting_types import (
     Address,
+    Failpoint,
     HashKey,
     Issuers,
     Listen,
@@ -173,6 +175,39 @@ class Settings(BaseModel):
         le=60,
         description="Seconds between looks for what is due.",
     )
+    connection_concurrency: int = Field(
+        8,
+        alias="RELAY_CONNECTION_CONCURRENCY",
+        ge=1,
+        le=256,
+        description="Attempts that an instance makes at one time for one connection; more wait their turn.",
+    )
+    retry_floor: float = Field(
+        60.0,
+        alias="RELAY_RETRY_FLOOR",
+        ge=0,
+        le=3600,
+        description="Seconds that follow a timeout or an answer of 429 before the next attempt, at least.",
+    )
+    breaker_pause: float = Field(
+        30.0,
+        alias="RELAY_BREAKER_PAUSE",
+        ge=0.1,
+        le=3600,
+        description="Seconds that a connection's breaker, once open, waits for its first probe; doubled up to an hour.",
+    )
+    execution_retention: float = Field(
+        720.0,
+        alias="RELAY_EXECUTION_RETENTION",
+        ge=76,
+        le=87600,
+        description="Hours that executions which have ended are kept, with their attempts and idempotency keys.",
+    )
+    failpoint: Failpoint | None = Field(
+        None,
+        alias="RELAY_FAILPOINT",
+        description="For tests: POINT:NTH kills the server when it comes to that point for the nth time.",
+    )
     shutdown_grace: float = Field(
         20.0, alias="RELAY_SHUTDOWN_GRACE", ge=0, le=300, description="Seconds that calls have to end on SIGTERM."
     )
@@ -202,7 +237,7 @@ class Settings(BaseModel):
                 problems.append(f"{name}: two keys have the same id")
         if len({issuer.url for issuer in self.oidc_issuers}) < len(self.oidc_issuers):
             problems.append("RELAY_OIDC_ISSUERS: an issuer is there twice")
-        if self.lease < 3 * self.attempt_timeout:
+        if self.lease < 3 * self.attempt_timeout and not math.isclose(self.lease, 3 * self.attempt_timeout):
             problems.append("RELAY_LEASE: must be at least 3 times RELAY_ATTEMPT_TIMEOUT")
         if self.otel_enabled and not self.otel_endpoint:
             problems.append("OTEL_ENDPOINT: OTEL_ENABLED needs one, such as http://127.0.0.1:4318")
@@ -221,6 +256,8 @@ class Settings(BaseModel):
 
     def _unsafe_in_production(self) -> list[str]:
         problems = []
+        if self.failpoint:
+            problems.append("RELAY_FAILPOINT: production does not kill itself")
         if not self.database_url:
             problems.append("DATABASE_URL: RELAY_ENV=production does not run on the embedded database")
         if self.webhook_url and not self.webhook_url.startswith("https://"):

@@ -102,6 +102,15 @@ class Metrics:
         self.attempts = counter("relay_attempts_total", "Attempts that ended.", "provider", "outcome")
         self.executions = counter("relay_executions_total", "Executions that ended.", "provider", "action", "state")
         self.executions_in_flight = gauge("relay_executions_in_flight", "Executions that this process works on.")
+        self.oldest_due = gauge(
+            "relay_oldest_due_seconds", "How long the execution that waits longest past its time has waited."
+        )
+        self.breaker_transitions = counter(
+            "relay_breaker_transitions_total", "Times that a connection's breaker opened or closed.", "to"
+        )
+        self.connections_disabled = counter(
+            "relay_connections_disabled_total", "Connections that were disabled for what their receiver did.", "reason"
+        )
         self.rate_limited = counter("relay_rate_limited_total", "Calls refused by a rate limit.", "budget", "holder")
         self.rate_limit_shadowed = counter(
             "relay_rate_limit_shadowed_total",

@@ -55,7 +55,7 @@ class Transport:
         self,
         settings: Settings,
         methods: Mapping[str, Method],
-        servicers: Mapping[str, Servicer],
+        servicers: Mapping[str, Sequence[Servicer]],
         layers: Sequence[Layer],
     ) -> None:
         self._server = grpc.aio.server(options=CHANNEL_OPTIONS)

@@ -3,24 +3,17 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import jsonschema_rs
 import rfc8785
 
 from relay_grpc import errors
+from relay_grpc.actions.execution import Delivery
 
 MAX_PARAMETERS_BYTES = 256 * 1024
 MAX_DEPTH = 32
 MAX_VALUES = 10_000
-
-
-class Delivery(StrEnum):
-    """relay.v1.Delivery: what a crash between sending and recording means."""
-
-    AT_LEAST_ONCE = "at_least_once"
-    AT_MOST_ONCE = "at_most_once"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +103,16 @@ def _children(value: Any) -> Iterator[Any]:
         yield from value
 
 
+_WEBHOOK = {
+    "type": "object",
+    "properties": {
+        "payload": {"type": "object", "description": "The body, sent as canonical JSON (RFC 8785)."},
+        "method": {"enum": ["POST", "PUT", "PATCH"], "default": "POST", "description": "The HTTP method."},
+    },
+    "required": ["payload"],
+    "additionalProperties": False,
+}
+
 CATALOGUE = (
     Action(
         name="webhook.send",
@@ -117,16 +120,18 @@ CATALOGUE = (
         title="Send a webhook",
         description="Sends a JSON object to the connection's URL, signed as Standard Webhooks says.",
         provider="independent",
-        schema={
-            "type": "object",
-            "properties": {
-                "payload": {"type": "object", "description": "The body, sent as canonical JSON (RFC 8785)."},
-                "method": {"enum": ["POST", "PUT", "PATCH"], "default": "POST", "description": "The HTTP method."},
-            },
-            "required": ["payload"],
-            "additionalProperties": False,
-        },
+        schema=_WEBHOOK,
         delivery=Delivery.AT_LEAST_ONCE,
+    ),
+    Action(
+        name="webhook.send_once",
+        version=1,
+        title="Send a webhook at most once",
+        description="As webhook.send, for receivers that can't deduplicate: a delivery whose outcome is not known is "
+        "never repeated, and waits for ReconcileExecution.",
+        provider="independent",
+        schema=_WEBHOOK,
+        delivery=Delivery.AT_MOST_ONCE,
     ),
 )
 

@@ -1,13 +1,16 @@
 """Rows and values of this package as messages of relay.v1.actions. No I/O."""
 
 import json
+from collections.abc import Mapping
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 
 from google.protobuf import json_format, struct_pb2
 from relay.v1 import actions_pb2
 
-from relay_grpc.actions.catalogue import Action
+from relay_grpc.actions.catalogue import Action, find
+from relay_grpc.actions.execution import Plan, delays
 
 Row = Any  # a mapping by column: asyncpg.Record, without asyncpg
 
@@ -32,8 +35,36 @@ def action(entry: Action, disabled_reason: str) -> actions_pb2.Action:
     )
 
 
+# What a preview that the previous version made does not tell.
+_NOT_SHOWN_BEFORE: Mapping[str, Any] = MappingProxyType(
+    {"host": "", "egress_verdict": "unspecified", "breaker": "unspecified", "retry_delays": (), "quota_cost": 0}
+)
+
+
+def shown(action: Action, plan: Plan, target: Row, *, timeout: float, quota_cost: int) -> dict[str, Any]:
+    """What the caller is told of a preview besides what it is bound to. target: of connections.store."""
+    waits = delays(json.loads(target["configuration"]))
+    return {
+        "summary": f"{action.title}: {plan.summary}",
+        "warnings": plan.warnings,
+        "method": plan.method,
+        "url": plan.url,
+        "host": plan.host,
+        "addresses": plan.addresses,
+        "egress_verdict": "allowed" if plan.addresses else "unresolved",
+        "breaker": target["breaker"],
+        "body_bytes": plan.body_bytes,
+        "signatures": plan.signatures,
+        "timeout": timeout,
+        "max_attempts": len(waits) + 1,
+        "retry_delays": [wait.total_seconds() for wait in waits],
+        "delivery": action.delivery,
+        "quota_cost": quota_cost,
+    }
+
+
 def preview(row: Row) -> actions_pb2.Preview:
-    shown = json.loads(row["shown"])
+    told = _NOT_SHOWN_BEFORE | json.loads(row["shown"])
     message = actions_pb2.Preview(
         id=str(row["id"]),
         action=row["action_type"],
@@ -42,17 +73,22 @@ def preview(row: Row) -> actions_pb2.Preview:
         connection_id=str(row["connection_id"]),
         connection_version=row["connection_version"],
         digest=row["digest"],
-        summary=shown["summary"],
-        warnings=shown["warnings"],
+        summary=told["summary"],
+        warnings=told["warnings"],
         delivery_plan=actions_pb2.DeliveryPlan(
-            method=shown["method"],
-            url=shown["url"],
-            addresses=shown["addresses"],
-            body_bytes=shown["body_bytes"],
-            signatures=shown["signatures"],
-            timeout=timedelta(seconds=shown["timeout"]),
-            max_attempts=shown["max_attempts"],
-            delivery=f"DELIVERY_{shown['delivery'].upper()}",
+            method=told["method"],
+            url=told["url"],
+            addresses=told["addresses"],
+            body_bytes=told["body_bytes"],
+            signatures=told["signatures"],
+            timeout=timedelta(seconds=told["timeout"]),
+            max_attempts=told["max_attempts"],
+            delivery=f"DELIVERY_{told['delivery'].upper()}",
+            host=told["host"],
+            egress_verdict=f"EGRESS_VERDICT_{told['egress_verdict'].upper()}",
+            breaker_state=f"BREAKER_STATE_{told['breaker'].upper()}",
+            retry_delays=[timedelta(seconds=wait) for wait in told["retry_delays"]],
+            quota_cost=told["quota_cost"],
         ),
         create_time=row["created_at"],
         expire_time=row["expires_at"],
@@ -79,6 +115,24 @@ def execution(row: Row, *, replayed: bool = False) -> actions_pb2.Execution:
         next_attempt_time=row["next_attempt_at"],
         create_time=row["created_at"],
         end_time=row["completed_at"],
+        delivery=f"DELIVERY_{row['delivery'].upper()}",
+        cancel_requested=row["cancel_requested_at"] is not None,
+        resend_count=row["resend_count"],
+    )
+
+
+def planned(facts: Row, preview_id: str, idempotency_key: str) -> actions_pb2.Execution:
+    """The execution that an Execute would make. facts: of store.explain."""
+    entry = find(facts["action_type"])
+    return actions_pb2.Execution(
+        action=entry.name,
+        action_version=entry.version,
+        provider=entry.provider,
+        connection_id=str(facts["connection_id"]),
+        preview_id=preview_id,
+        idempotency_key=idempotency_key,
+        state=actions_pb2.EXECUTION_STATE_PENDING,
+        delivery=f"DELIVERY_{entry.delivery.upper()}",
     )
 
 

@@ -34,3 +34,14 @@ def digest(
         "parameters": dict(parameters),
     }
     return hashlib.sha256(rfc8785.dumps(bound)).hexdigest()
+
+
+# `digest` as PostgreSQL computes it from a row p of previews. to_json quotes a text as RFC 8785 does; the members stand
+# in its order, and the parameters are stored in its form.
+DIGEST_SQL = """
+    encode(sha256(convert_to(
+      '{"action":' || to_json(p.action_type) || ',"action_version":' || p.action_version
+      || ',"caller":' || to_json(p.caller) || ',"connection_id":"' || p.connection_id
+      || '","connection_version":' || p.connection_version || ',"parameters":' || p.parameters
+      || ',"workspace_id":"' || p.workspace_id || '"}', 'UTF8')), 'hex')
+"""

@@ -9,14 +9,46 @@ import binascii
 import hmac
 import secrets as random
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+
+class Scheme(StrEnum):
+    """relay.v1.SignatureScheme; the same words as the Postgres enum secret_kind."""
+
+    HMAC = "hmac"
+    ED25519 = "ed25519"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What signs deliveries. raw: the bytes of the HMAC secret, or the 32 of the Ed25519 private key."""
+
+    scheme: Scheme
+    raw: bytes = field(repr=False)
+
+
+VERSIONS = {Scheme.HMAC: "v1", Scheme.ED25519: "v1a"}  # what their entries of webhook-signature begin with
 SECRET_PREFIX = "whsec_"  # noqa: S105 (no secret)
+PUBLIC_PREFIX = "whpk_"
 SECRET_BYTES_MIN, SECRET_BYTES_MAX = 24, 64  # Standard Webhooks, "Signature scheme"
 
 
 def new_secret() -> str:
-    """Makes a signing secret: "whsec_" and the base64 of 32 random bytes."""
-    return SECRET_PREFIX + base64.b64encode(random.token_bytes(32)).decode()
+    """Makes an HMAC secret: "whsec_" and the base64 of 32 random bytes."""
+    return encode_secret(random.token_bytes(32))
+
+
+def new_ed25519() -> bytes:
+    """Makes an Ed25519 private key: its 32 raw bytes (RFC 8032)."""
+    return Ed25519PrivateKey.generate().private_bytes_raw()
+
+
+def encode_secret(raw: bytes) -> str:
+    """Returns an HMAC secret as its receivers are told it: "whsec_" and base64."""
+    return SECRET_PREFIX + base64.b64encode(raw).decode()
 
 
 def decode_secret(secret: str) -> bytes:
@@ -32,15 +64,26 @@ def decode_secret(secret: str) -> bytes:
     return raw
 
 
-def sign(secret: bytes, message_id: str, timestamp: int, body: bytes) -> str:
+def public_key(raw: bytes) -> str:
+    """Returns what receivers verify the signatures of an Ed25519 private key with: "whpk_" and base64."""
+    public = Ed25519PrivateKey.from_private_bytes(raw).public_key().public_bytes_raw()
+    return PUBLIC_PREFIX + base64.b64encode(public).decode()
+
+
+def sign(key: Key, message_id: str, timestamp: int, body: bytes) -> str:
     """Returns one entry of webhook-signature. message_id: without a dot; timestamp: Unix seconds."""
-    mac = hmac.digest(secret, f"{message_id}.{timestamp}.".encode() + body, "sha256")
-    return "v1," + base64.b64encode(mac).decode()
+    content = f"{message_id}.{timestamp}.".encode() + body
+    match key.scheme:
+        case Scheme.HMAC:
+            signature = hmac.digest(key.raw, content, "sha256")
+        case Scheme.ED25519:
+            signature = Ed25519PrivateKey.from_private_bytes(key.raw).sign(content)
+    return f"{VERSIONS[key.scheme]},{base64.b64encode(signature).decode()}"
 
 
-def signature_header(secrets: Iterable[bytes], message_id: str, timestamp: int, body: bytes) -> str:
-    """Returns the value of webhook-signature: one entry per secret, so that receivers verify through a rotation."""
-    return " ".join(sign(secret, message_id, timestamp, body) for secret in secrets)
+def signature_header(keys: Iterable[Key], message_id: str, timestamp: int, body: bytes) -> str:
+    """Returns the value of webhook-signature: one entry per key, so that receivers verify through a rotation."""
+    return " ".join(sign(key, message_id, timestamp, body) for key in keys)
 
 
 def body_signature(secret: bytes, body: bytes) -> str:

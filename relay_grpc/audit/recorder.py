@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from relay_grpc import errors
+from relay_grpc import errors, failpoints
 from relay_grpc.audit import store
 from relay_grpc.audit.event import SYSTEM_WORKSPACE, ActorType, Event, keyed_hash, of_call
 from relay_grpc.call import Call
@@ -51,6 +51,7 @@ class Recorder:
 
         async with self._db.workspace(call.workspace_id, committed) as connection:
             yield connection, event
+            failpoints.reach("audit.appending")
             await store.insert(connection, [event])
 
     async def write(self, event: Event) -> None:

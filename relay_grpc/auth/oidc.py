@@ -20,7 +20,8 @@ from typing import Any
 import aiohttp
 
 from relay_grpc import errors
-from relay_grpc.actions.egress import Egress, EgressRefused
+from relay_grpc.actions.destinations import EgressRefused
+from relay_grpc.actions.egress import Egress
 from relay_grpc.auth import tokens
 from relay_grpc.auth.tokens import Defect, Identity, Keys, Token, TokenRefused
 from relay_grpc.setting_types import OidcIssuer

@@ -11,7 +11,6 @@ from relay_grpc import errors
 from relay_grpc.audit.recorder import Recorder
 from relay_grpc.auth import ceiling, keys, scopes, store
 from relay_grpc.auth.changes import Changes
-from relay_grpc.auth.roles import Roles
 from relay_grpc.auth.verifier import KeyState, KeyVerifier
 from relay_grpc.call import Call
 from relay_grpc.db import Database
@@ -24,19 +23,13 @@ class AuthService:
     """changes: told of keys that are not what they were. live: whether the keys made here are for production."""
 
     def __init__(
-        self, db: Database, recorder: Recorder, verifier: KeyVerifier, changes: Changes, roles: Roles, *, live: bool
+        self, db: Database, recorder: Recorder, verifier: KeyVerifier, changes: Changes, *, live: bool
     ) -> None:
         self._db = db
         self._recorder = recorder
         self._verifier = verifier
         self._changes = changes
         self._live = live
-        self.CreateRole = roles.CreateRole
-        self.ListRoles = roles.ListRoles
-        self.DeleteRole = roles.DeleteRole
-        self.AssignRole = roles.AssignRole
-        self.ListRoleAssignments = roles.ListRoleAssignments
-        self.RemoveRole = roles.RemoveRole
 
     async def WhoAmI(self, _request: Any, call: Call) -> auth_pb2.Principal:
         return principal_message(call.principal)

@@ -5,7 +5,8 @@ authenticated data, to the workspace, the connection and the secret, so that a r
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -13,6 +14,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 NONCE_BYTES = 12
+HEADERS = "headers"  # the kind of secret, beside signing.Scheme, that holds a JSON object of header values
 
 
 class Undecryptable(Exception):
@@ -38,20 +40,37 @@ class Vault:
     def seal(self, secret: bytes, *, workspace_id: UUID, connection_id: UUID, secret_id: UUID) -> Sealed:
         binding = workspace_id.bytes + connection_id.bytes + secret_id.bytes
         key = AESGCM.generate_key(256)
-        return Sealed(
-            self._current, _encrypt(self._keys[self._current], key, binding), _encrypt(AESGCM(key), secret, binding)
-        )
+        return Sealed(self._current, self._wrap(key, binding), _encrypt(AESGCM(key), secret, binding))
 
     def open(self, sealed: Sealed, *, workspace_id: UUID, connection_id: UUID, secret_id: UUID) -> bytes:
         """The secret. Raises Undecryptable."""
         binding = workspace_id.bytes + connection_id.bytes + secret_id.bytes
-        try:
-            key = _decrypt(self._keys[sealed.encryption_key_id], sealed.wrapped_key, binding)
+        key = self._unwrap(sealed, binding)
+        with _undecryptable():
             return _decrypt(AESGCM(key), sealed.ciphertext, binding)
-        except KeyError:
-            raise Undecryptable(f"no encryption key is called {sealed.encryption_key_id!r} here") from None
-        except (InvalidTag, ValueError) as error:  # ValueError: what is left of it is too short to be one
-            raise Undecryptable("the secret does not belong to this key, workspace and connection") from error
+
+    def rewrap(self, sealed: Sealed, *, workspace_id: UUID, connection_id: UUID, secret_id: UUID) -> Sealed:
+        """The same ciphertext, whose key is encrypted by the first of the operator's keys. Raises Undecryptable."""
+        binding = workspace_id.bytes + connection_id.bytes + secret_id.bytes
+        return Sealed(self._current, self._wrap(self._unwrap(sealed, binding), binding), sealed.ciphertext)
+
+    def _wrap(self, key: bytes, binding: bytes) -> bytes:
+        return _encrypt(self._keys[self._current], key, binding)
+
+    def _unwrap(self, sealed: Sealed, binding: bytes) -> bytes:
+        cipher = self._keys.get(sealed.encryption_key_id)
+        if cipher is None:
+            raise Undecryptable(f"no encryption key is called {sealed.encryption_key_id!r} here")
+        with _undecryptable():
+            return _decrypt(cipher, sealed.wrapped_key, binding)
+
+
+@contextmanager
+def _undecryptable() -> Iterator[None]:
+    try:
+        yield
+    except (InvalidTag, ValueError) as error:  # ValueError: what is left of it is too short to be one
+        raise Undecryptable("the secret does not belong to this key, workspace and connection") from error
 
 
 def _encrypt(cipher: AESGCM, text: bytes, binding: bytes) -> bytes:

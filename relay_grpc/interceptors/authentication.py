@@ -1,6 +1,7 @@
 """Who calls, and in which workspace: from the credential in the metadata to a principal."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -15,13 +16,18 @@ KEY_PREFIX = "rk_"  # of every API key, and of no token
 
 def authentication(keys: KeyVerifier, users: UserVerifier) -> Layer:
     def layer(method: Method, handler: Handler) -> Handler:
-        async def authenticated(call: Call, request: Any) -> Any:
+        async def authenticate(call: Call) -> None:
             credential, is_key = _credential(call.metadata)
             call.named_workspace = _workspace(call.metadata)
             if is_key:
                 call.principal = await keys.verify(credential, call.peer)
             else:
                 call.principal = await users.verify(credential, call.named_workspace)
+
+        async def authenticated(call: Call, request: Any) -> Any:
+            await authenticate(call)
+            if method.streams:
+                call.recheck = partial(authenticate, call)
             return await handler(call, request)
 
         return authenticated

@@ -20,7 +20,7 @@ from relay_grpc.interceptors.peer import Network, address_of
 
 Handler = Callable[[Call, Any], Awaitable[Any]]
 Layer = Callable[[Method, Handler], Handler]
-Servicer = Any  # an object whose methods are named like the service's RPCs and take (request, call)
+Servicer = Any  # an object whose methods are named like some of a service's RPCs and take (request, call)
 _REQUEST_ID = re.compile(r"(?!rk_)[0-9A-Za-z._-]{1,64}")  # an API key in the wrong place is not to be logged
 
 
@@ -36,12 +36,12 @@ def compose(layers: Sequence[Layer], method: Method, handler: Handler) -> Handle
 def register(
     server: grpc.aio.Server,
     methods: Mapping[str, Method],
-    servicers: Mapping[str, Servicer],
+    servicers: Mapping[str, Sequence[Servicer]],
     layers: Sequence[Layer],
     *,
     proxies: Sequence[Network] = (),
 ) -> None:
-    """Serves the methods. servicers: by service name; a method that its servicer lacks answers UNIMPLEMENTED.
+    """Serves the methods. servicers: by service name; a method that none of them has answers UNIMPLEMENTED.
 
     proxies: whose word on where a call comes from is believed.
     """
@@ -58,8 +58,8 @@ def register(
         server.add_registered_method_handlers(service, by_name)
 
 
-def _innermost(method: Method, servicer: Servicer) -> Handler:
-    function: Any = getattr(servicer, method.rpc, None)
+def _innermost(method: Method, servicers: Sequence[Servicer]) -> Handler:
+    function: Any = next((getattr(one, method.rpc) for one in servicers if hasattr(one, method.rpc)), None)
 
     async def unary(call: Call, request: Any) -> Any:
         return await function(request, call)

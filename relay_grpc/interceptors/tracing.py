@@ -9,7 +9,7 @@ from relay_grpc.interceptors.base import Handler, Layer
 from relay_grpc.telemetry import Metrics, Tracer
 
 log = logging.getLogger(__name__)
-SLOW = 5.0  # seconds; executions wait for their receivers, which may be slow
+SLOW = 5.0  # seconds; executions wait for their receivers, which may be slow, and streams for what happens
 
 
 def tracing(tracer: Tracer, metrics: Metrics) -> Layer:
@@ -26,7 +26,7 @@ def tracing(tracer: Tracer, metrics: Metrics) -> Layer:
                 seconds = time.monotonic() - call.started
                 trace.end(call.code)
                 observe(call.code, seconds)
-                if seconds > SLOW and not method.executions:
+                if seconds > SLOW and not (method.executions or method.streams):
                     log.warning("%s %s took %.1f s and ended %s", call.request_id, method.name, seconds, call.code)
 
         return traced

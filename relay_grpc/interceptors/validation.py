@@ -38,10 +38,11 @@ def validation(method: Method, handler: Handler) -> Handler:
 
 
 def _path(violation: Any) -> str:
-    """The field's path, such as "webhook.url" or "scopes[1]"."""
+    """The field's path, such as "webhook.url" or "scopes[1]". The key of a map may be as secret as its value."""
     path = ""
     for element in violation.field.elements:
-        index = f"[{element.subscript.value}]" if element.subscript else ""
+        subscript = element.subscript
+        index = f"[{subscript.value}]" if subscript and subscript.field == "index" else ""
         path += f"{'.' if path else ''}{element.field_name}{index}"
     return path
 
@@ -58,5 +59,10 @@ def _unkeepable(message: Any, above: str = "") -> Iterator[tuple[str, str]]:
         elif field.type == field.TYPE_STRING:
             if "\0" in "".join(value):  # of one text, or of a repeated field's
                 yield path, "must not contain the character NUL"
-        elif field.message_type and not isinstance(value, Struct):
+        elif not field.message_type or isinstance(value, Struct) or field.message_type.GetOptions().map_entry:
+            continue  # a map's rules say what its texts may hold
+        elif field.is_repeated:
+            for index, one in enumerate(value):
+                yield from _unkeepable(one, f"{path}[{index}].")
+        else:
             yield from _unkeepable(value, f"{path}.")

@@ -31,8 +31,11 @@ class Caller:
 
     async def preview(self, **payload: object) -> actions_pb2.Preview:
         """A preview of sending this payload; without one, of a payload like no other."""
+        return await self.preview_of("webhook.send", **payload)
+
+    async def preview_of(self, action: str, **payload: object) -> actions_pb2.Preview:
         request = actions_pb2.PreviewRequest(
-            action="webhook.send",
+            action=action,
             connection_id=self.connection.id,
             parameters={"payload": payload or {"unique": uuid4().hex}},
         )
@@ -61,6 +64,11 @@ class Caller:
     async def execute(self, preview: actions_pb2.Preview, key: str = "", **options: Any) -> actions_pb2.Execution:
         """What `call` answers. Raises the errors of relay.errors."""
         return await answer(self.call(preview, key, **options))
+
+    async def do(self, rpc: str, execution_id: str, **fields: Any) -> actions_pb2.Execution:
+        """What an RPC that changes one execution answers: "Cancel", "Resend" or "Reconcile"."""
+        request = getattr(actions_pb2, f"{rpc}ExecutionRequest")(id=execution_id, **fields)
+        return await answer(getattr(self.stub, f"{rpc}Execution")(request, metadata=self.metadata))
 
     async def get(self, execution_id: str) -> actions_pb2.Execution:
         return await answer(
@@ -115,13 +123,23 @@ async def answer(call: Any) -> Any:
         raise from_rpc_error(failure) from failure
 
 
-def held(receiver: Receiver) -> asyncio.Event:
+async def ended_as(caller: Caller, execution_id: str, state: int) -> actions_pb2.Execution:
+    """The execution, once it is in this state."""
+
+    async def look() -> actions_pb2.Execution | None:
+        execution = await caller.get(execution_id)
+        return execution if execution.state == state else None
+
+    return await eventually(look)
+
+
+def held(receiver: Receiver, status: int = 200) -> asyncio.Event:
     """Makes the receiver answer nothing until the event is set."""
     release = asyncio.Event()
 
     async def wait(_request: web.Request) -> web.Response:
         await release.wait()
-        return web.Response()
+        return web.Response(status=status)
 
     receiver.answer = wait
     return release

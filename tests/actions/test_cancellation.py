@@ -136,7 +136,7 @@ async def test_a_caller_that_leaves_during_the_delivery_does_not_stop_it(
 
 
 async def test_cancelled_while_its_refusal_is_written_down_it_has_an_event(relay: Relay, caller: Caller) -> None:
-    await relay.sql("UPDATE connections SET enabled = false WHERE id = $1", caller.connection.id)
+    await relay.sql("UPDATE connections SET enabled = false, disabled_reason = 'x' WHERE id = $1", caller.connection.id)
     request = actions_pb2.PreviewRequest(
         action="webhook.send", connection_id=caller.connection.id, parameters={"payload": {}}
     )

@@ -3,7 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -11,16 +13,17 @@ import pytest
 from aiohttp import web
 from relay.v1 import actions_pb2
 
-from relay_grpc.actions import dispatcher
-from relay_grpc.actions.execution import MAX_ATTEMPTS
+from relay_grpc.actions import lanes, leases, orders
+from relay_grpc.actions.execution import RETRY_SCHEDULE
 from relay_grpc.app import serving
-from tests.actions.caller import Caller, answering, calling, eventually, held, received
+from tests.actions.caller import Caller, answering, calling, ended_as, eventually, held, received
 from tests.harness import Databases, Receiver, Relay, running, settings_for
 
 SUCCESS = actions_pb2.EXECUTION_STATE_SUCCESS
 EXECUTING = actions_pb2.EXECUTION_STATE_EXECUTING
 PENDING = actions_pb2.EXECUTION_STATE_PENDING
 FAILED = actions_pb2.EXECUTION_STATE_FAILED
+UNKNOWN = actions_pb2.EXECUTION_STATE_UNKNOWN
 LATE = "came after its lease"
 
 
@@ -30,14 +33,6 @@ async def make_due(relay: Relay, *ids: str) -> None:
 
 async def end_lease(relay: Relay, execution_id: str) -> None:
     await relay.sql("UPDATE action_executions SET lease_until = now() WHERE id = $1", execution_id)
-
-
-async def ended_as(caller: Caller, execution_id: str, state: int) -> actions_pb2.Execution:
-    async def look() -> actions_pb2.Execution | None:
-        execution = await caller.get(execution_id)
-        return execution if execution.state == state else None
-
-    return await eventually(look)
 
 
 async def outcomes_in_audit_log(caller: Caller, execution_id: str) -> list[str]:
@@ -102,14 +97,58 @@ async def test_an_attempt_whose_lease_ran_out_is_made_again_and_only_its_success
     caller.receiver.verify(caller.connection.signing_secret)
 
 
+@pytest.mark.parametrize("action", ["webhook.send", "webhook.send_once"])
+async def test_an_attempt_that_could_outlive_its_lease_is_not_begun(
+    databases: Databases, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    """The answer to the commit comes when somebody has found the lease run out. What is sent once is not sent then."""
+    commit = orders.commit
+
+    async def answer_late(*arguments: Any) -> Any:
+        rows = await commit(*arguments)
+        await asyncio.sleep(0.6)
+        return rows
+
+    settings = settings_for(tmp_path, RELAY_ATTEMPT_TIMEOUT="0.1", RELAY_LEASE="0.3")
+    async with databases.new() as url, running(url, settings) as relay, calling(relay, receiver) as caller:
+        monkeypatch.setattr(orders, "commit", answer_late)
+        execution = await caller.execute(await caller.preview_of(action), wait=0)
+        once = action == "webhook.send_once"
+        await ended_as(caller, execution.id, UNKNOWN if once else SUCCESS)
+        assert await caller.attempts(execution.id) == (["interrupted"] if once else ["interrupted", "success"])
+        assert len(receiver.requests) == (0 if once else 1)
+
+
+async def test_one_that_somebody_holds_does_not_keep_others_from_being_taken_over(relay: Relay, caller: Caller) -> None:
+    release = held(caller.receiver)
+    held_one, other = [await caller.execute(await caller.preview(), wait=0) for _ in range(2)]
+    await received(caller.receiver, 2)
+    holder = await asyncpg.connect(relay.url)
+    try:
+        soon = "UPDATE action_executions SET lease_until = now() + interval '0.3 s' WHERE id = $1"
+        await holder.execute(soon, held_one.id)
+        async with holder.transaction():
+            await holder.fetch("SELECT FROM action_executions WHERE id = $1 FOR UPDATE", held_one.id)
+            await asyncio.sleep(0.4)
+            await end_lease(relay, other.id)
+            await eventually(lambda: caller.attempts(other.id))
+    finally:
+        await holder.close()
+    release.set()
+    for execution in (held_one, other):
+        await ended_as(caller, execution.id, SUCCESS)
+
+
 async def test_a_last_attempt_that_is_interrupted_ends_the_execution(relay: Relay, caller: Caller) -> None:
     release = held(caller.receiver)
     execution = await caller.execute(await caller.preview(), wait=0)
     await received(caller.receiver, 1)
-    await relay.sql("UPDATE action_executions SET attempt_count = $2 WHERE id = $1", execution.id, MAX_ATTEMPTS)
+    await relay.sql(
+        "UPDATE action_executions SET attempt_count = $2 WHERE id = $1", execution.id, len(RETRY_SCHEDULE) + 1
+    )
     await end_lease(relay, execution.id)
     ended = await ended_as(caller, execution.id, FAILED)
-    assert (ended.attempt_count, ended.last_attempt.number) == (MAX_ATTEMPTS, MAX_ATTEMPTS)
+    assert (ended.attempt_count, ended.last_attempt.number) == (len(RETRY_SCHEDULE) + 1, len(RETRY_SCHEDULE) + 1)
     assert ended.last_attempt.outcome == actions_pb2.ATTEMPT_OUTCOME_INTERRUPTED
     assert ended.HasField("end_time")
     release.set()
@@ -121,10 +160,10 @@ async def test_a_last_attempt_that_is_interrupted_ends_the_execution(relay: Rela
 async def test_the_last_refusal_ends_the_execution(relay: Relay, caller: Caller) -> None:
     answering(caller.receiver, 503)
     execution = await caller.execute(await caller.preview())
-    await relay.sql("UPDATE action_executions SET attempt_count = $2 WHERE id = $1", execution.id, MAX_ATTEMPTS - 1)
+    await relay.sql("UPDATE action_executions SET attempt_count = $2 WHERE id = $1", execution.id, len(RETRY_SCHEDULE))
     await make_due(relay, execution.id)
     ended = await ended_as(caller, execution.id, FAILED)
-    assert (ended.attempt_count, ended.last_attempt.status_code) == (MAX_ATTEMPTS, 503)
+    assert (ended.attempt_count, ended.last_attempt.status_code) == (len(RETRY_SCHEDULE) + 1, 503)
 
 
 async def test_what_is_due_is_tried_again_until_it_succeeds(relay: Relay, caller: Caller) -> None:
@@ -208,16 +247,24 @@ async def test_a_secret_that_cannot_be_read_is_not_the_receivers_fault(relay: Re
     await ended_as(caller, execution.id, SUCCESS)
 
 
+@asynccontextmanager
+async def held_back(caller: Caller) -> AsyncIterator[None]:
+    """The breaker of the caller's connection is open in the block, so that what is executed waits."""
+    set_breaker = "UPDATE connections SET open_until = now() + $2::interval WHERE id = $1"
+    await caller.relay.sql(set_breaker, caller.connection.id, timedelta(hours=1))
+    yield
+    await caller.relay.sql(set_breaker, caller.connection.id, None)
+
+
 async def test_two_servers_that_sweep_the_same_rows_make_each_attempt_once(relay: Relay, caller: Caller) -> None:
-    answering(caller.receiver, 503)
-    previews = [await caller.preview() for _ in range(60)]
-    executions = await asyncio.gather(*(caller.execute(preview) for preview in previews))
-    caller.receiver.answer = None
-    caller.receiver.requests.clear()
     async with serving(relay.settings, relay.url):
-        holder = await asyncpg.connect(relay.url)
-        soon = "UPDATE action_executions SET next_attempt_at = now() + interval '0.3 s' WHERE status = 'pending'"
-        await holder.execute(soon)
+        async with held_back(caller):
+            previews = [await caller.preview() for _ in range(60)]
+            executions = await asyncio.gather(*(caller.execute(preview, wait=0) for preview in previews))
+            assert {execution.state for execution in executions} == {PENDING}
+            holder = await asyncpg.connect(relay.url)
+            soon = "UPDATE action_executions SET next_attempt_at = now() + interval '0.3 s' WHERE status = 'pending'"
+            await holder.execute(soon)
         async with holder.transaction():
             await holder.fetch("SELECT FROM action_executions WHERE status = 'pending' FOR UPDATE")
             await asyncio.sleep(0.5)  # both have looked, and whoever waits for a row begins when the other does
@@ -226,14 +273,14 @@ async def test_two_servers_that_sweep_the_same_rows_make_each_attempt_once(relay
             await ended_as(caller, execution.id, SUCCESS)
     assert sorted(caller.receiver.ids()) == sorted(execution.id for execution in executions)
     for execution in executions:
-        assert await caller.attempts(execution.id) == ["refused", "success"]
+        assert await caller.attempts(execution.id) == ["success"]
 
 
 async def test_more_that_is_due_than_can_run_waits_unclaimed(
     databases: Databases, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Claimed work that waits for a slot would lose its lease, and an attempt with it, without having been tried."""
-    monkeypatch.setattr("relay_grpc.actions.dispatcher.MAX_RUNNING", 2)
+    monkeypatch.setattr(lanes, "MAX_RUNNING", 2)
 
     async def slowly(_request: web.Request) -> web.Response:
         await asyncio.sleep(0.1)
@@ -241,15 +288,32 @@ async def test_more_that_is_due_than_can_run_waits_unclaimed(
 
     settings = settings_for(tmp_path, RELAY_ATTEMPT_TIMEOUT="0.3", RELAY_LEASE="0.9")
     async with databases.new() as url, running(url, settings) as relay, calling(relay, receiver) as caller:
-        answering(receiver, 503)
-        executions = [await caller.execute(await caller.preview()) for _ in range(16)]
-        receiver.requests.clear()
         receiver.answer = slowly
-        await make_due(relay, *(execution.id for execution in executions))
+        executions = await asyncio.gather(*[caller.execute(await caller.preview(), wait=0) for _ in range(16)])
+        assert sorted(execution.attempt_count for execution in executions) == [0] * 15 + [1]
         for execution in executions:
-            await ended_as(caller, execution.id, SUCCESS)
-            assert await caller.attempts(execution.id) == ["refused", "success"]
+            assert (await ended_as(caller, execution.id, SUCCESS)).attempt_count == 1
         assert sorted(receiver.ids()) == sorted(execution.id for execution in executions)
+
+
+async def test_a_claim_that_fails_gives_its_room_back(
+    databases: Databases, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, failures = leases.claim, [ConnectionResetError(), TimeoutError(), RuntimeError()]
+
+    async def fail_at_first(*arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return await claim(*arguments)
+
+    settings = settings_for(tmp_path, RELAY_CONNECTION_CONCURRENCY="1")
+    async with databases.new() as url, running(url, settings) as relay, calling(relay, receiver) as caller:
+        monkeypatch.setattr(leases, "claim", fail_at_first)
+        async with held_back(caller):
+            executions = [await caller.execute(await caller.preview(), wait=0) for _ in range(3)]
+        for execution in executions:
+            assert (await ended_as(caller, execution.id, SUCCESS)).attempt_count == 1
+    assert not failures
 
 
 async def test_a_server_that_stops_records_what_it_delivers(
@@ -280,18 +344,30 @@ async def test_a_server_that_stops_records_what_it_delivers(
         assert receiver.ids() == [soon.id, never.id, never.id]
 
 
-async def test_an_attempt_that_finds_no_slot_is_handed_back_and_does_not_count(
+async def test_what_an_instance_has_no_room_for_is_left_to_another(
     relay: Relay, caller: Caller, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "MAX_RUNNING", 0)  # for every server of this process
-    settings = relay.settings.model_copy(update={"lease": 0.9, "attempt_timeout": 0.3})
-    async with serving(settings, relay.url) as app, calling(relay, receiver, listen=app.listen) as crowded:
-        execution = await crowded.execute(await crowded.preview(), wait=0)
-        assert (execution.state, execution.attempt_count) == (EXECUTING, 1)
-        waiting = await ended_as(crowded, execution.id, PENDING)
-        assert waiting.attempt_count == 0
-    assert not receiver.requests
-    monkeypatch.undo()
-    await ended_as(caller, execution.id, SUCCESS)
+    monkeypatch.setattr(lanes, "MAX_RUNNING", 0)
+    async with serving(relay.settings, relay.url) as app, calling(relay, receiver, listen=app.listen) as crowded:
+        execution = await crowded.execute(await crowded.preview())
+    assert (execution.state, execution.attempt_count) == (SUCCESS, 1)
     assert await caller.attempts(execution.id) == ["success"]
-    assert (await caller.get(execution.id)).attempt_count == 1
+
+
+async def test_all_that_a_lost_worker_left_is_taken_over_by_the_next_look(
+    databases: Databases, tmp_path: Path, receiver: Receiver
+) -> None:
+    """However much it is: looks are a minute apart here."""
+    settings = settings_for(tmp_path, RELAY_SWEEP_INTERVAL="60", RELAY_CONNECTION_CONCURRENCY="256")
+    async with databases.new() as url:
+        async with running(url, settings) as relay, calling(relay, receiver) as caller, held_back(caller):
+            executions = [await caller.execute(await caller.preview(), wait=0) for _ in range(120)]
+            await relay.sql(
+                """
+                    UPDATE action_executions SET status = 'executing', attempt_count = 1, attempt_started_at = now(),
+                           next_attempt_at = NULL, lease_token = gen_random_uuid(), lease_until = now()
+                    """
+            )
+        async with serving(settings, url) as app, calling(relay, receiver, listen=app.listen) as caller:
+            for execution in executions:
+                assert (await ended_as(caller, execution.id, SUCCESS)).attempt_count == 2

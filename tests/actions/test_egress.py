@@ -11,7 +11,9 @@ from aiohttp import web
 from aiohttp.test_utils import RawTestServer
 
 from relay_grpc.actions import egress as egress_module
-from relay_grpc.actions.egress import Egress, EgressPolicy, EgressRefused, InvalidUrlError, check_url, denied
+from relay_grpc.actions.destinations import EgressPolicy, EgressRefused, InvalidUrlError, check_url, denied
+from relay_grpc.actions.egress import Egress
+from tests.actions.spellings import ADDRESSES, spellings
 
 PRODUCTION = EgressPolicy(allow_loopback=False, https_only=True)
 ANY_PORT = EgressPolicy(allow_loopback=False, https_only=False)
@@ -322,6 +324,45 @@ async def test_name_servers_that_hang_are_waited_for_only_so_long(monkeypatch: p
     # The threads that asyncio shares with the rest of the process are free.
     assert await asyncio.wait_for(asyncio.to_thread(lambda: 1), 2) == 1
     thaw.set()
+    await egress.close()
+
+
+async def test_name_servers_that_hang_hold_up_no_other_name() -> None:
+    thaw = threading.Event()
+
+    def getaddrinfo(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        if host.startswith("hanging"):
+            thaw.wait(10)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    async with Accepts() as sentinel:
+        egress = Egress(DEVELOPMENT, getaddrinfo)
+        hanging = [asyncio.create_task(get(egress, f"http://hanging-{n}.example:{sentinel.port}/")) for n in range(128)]
+        hanging += [asyncio.create_task(egress.resolve(f"http://hanging-{n}.example/")) for n in range(40)]
+        await asyncio.sleep(0.1)
+        with pytest.raises(aiohttp.ClientConnectionError):  # it was dialled: the sentinel closes at once
+            await asyncio.wait_for(get(egress, f"http://receiver.example:{sentinel.port}/"), 2)
+        assert (sentinel.count, any(one.done() for one in hanging)) == (1, False)
+        for one in hanging:
+            one.cancel()
+        await asyncio.wait(hanging)
+        thaw.set()
+        await egress.close()
+
+
+async def test_no_spelling_of_a_denied_address_can_be_a_destination(production: Egress) -> None:
+    tried = [host for address in ADDRESSES for host in spellings(address)]
+    assert len(tried) >= 40 * 30
+    for host in tried:
+        for url in (f"https://{host}/", f"https://{host}:8443/", f"https://{host}?a=b"):
+            with pytest.raises((EgressRefused, InvalidUrlError)):
+                await production.resolve(url)
+
+
+async def test_an_answer_without_addresses_is_none() -> None:
+    egress = Egress(PRODUCTION, Names([]))
+    with pytest.raises(OSError, match="no address"):
+        await egress.resolve("https://receiver.example/")
     await egress.close()
 
 

@@ -12,6 +12,8 @@ import pytest
 from relay import errors
 from relay.v1 import actions_pb2
 
+from relay_grpc.actions import orders
+from relay_grpc.actions.preview import DIGEST_SQL
 from relay_grpc.app import serving
 from tests.actions.caller import Caller, answer, answering, calling, eventually, held, received
 from tests.harness import Databases, Receiver, Relay, receiving, running, settings_for
@@ -217,7 +219,14 @@ async def expire(relay: Relay, preview: actions_pb2.Preview) -> None:
 
 
 async def raise_action_version(relay: Relay, preview: actions_pb2.Preview) -> None:
+    """As if the preview had been made for another version than that of now."""
     await relay.sql("UPDATE previews SET action_version = action_version + 1 WHERE id = $1", preview.id)
+    await relay.sql(f"UPDATE previews p SET digest = {DIGEST_SQL} WHERE id = $1", preview.id)
+
+
+async def change_parameters(relay: Relay, preview: actions_pb2.Preview) -> None:
+    other = """'{"payload":{"amount":1000000}}'"""
+    await relay.sql(f"UPDATE previews SET parameters = {other} WHERE id = $1", preview.id)
 
 
 async def change_connection(relay: Relay, preview: actions_pb2.Preview) -> None:
@@ -225,7 +234,9 @@ async def change_connection(relay: Relay, preview: actions_pb2.Preview) -> None:
 
 
 async def disable_connection(relay: Relay, preview: actions_pb2.Preview) -> None:
-    await relay.sql("UPDATE connections SET enabled = false WHERE id = $1", preview.connection_id)
+    await relay.sql(
+        "UPDATE connections SET enabled = false, disabled_reason = 'by hand' WHERE id = $1", preview.connection_id
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,6 +244,7 @@ async def disable_connection(relay: Relay, preview: actions_pb2.Preview) -> None
     [
         (expire, "PREVIEW_EXPIRED", None),
         (raise_action_version, "PREVIEW_DRIFTED", "action_version"),
+        (change_parameters, "PREVIEW_DRIFTED", "digest"),
         (change_connection, "PREVIEW_DRIFTED", "connection_version"),
         (disable_connection, "CONNECTION_DISABLED", None),
     ],
@@ -247,7 +259,7 @@ async def test_what_changed_since_the_preview_is_refused(
     preview = await caller.preview()
     await happens(relay, preview)
     with pytest.raises(errors.FailedPrecondition) as refusal:
-        await caller.execute(preview)
+        await caller.execute(preview, digest="")
     assert (refusal.value.reason, refusal.value.metadata.get("fields")) == (reason, fields)
     assert not await caller.executions(preview)
     assert not caller.receiver.requests
@@ -392,6 +404,27 @@ async def test_keys_and_previews_survive_a_restart(databases: Databases, tmp_pat
             assert (again.id, again.replayed, again.state) == (first.id, True, SUCCESS)
             second = await caller.execute(unused)
     assert receiver.ids() == [first.id, second.id]
+
+
+@pytest.mark.parametrize("action", ["webhook.send", "webhook.send_once"])
+async def test_a_commit_whose_answer_is_lost_is_found_and_carried_out_at_once(
+    relay: Relay, caller: Caller, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    """And it has the one event that is true."""
+
+    async def cut_off_afterwards(connection: Any, *arguments: Any) -> Any:
+        await commit(connection, *arguments)
+        await relay.sql("SELECT pg_terminate_backend($1)", connection.get_server_pid())
+        return await connection.fetch("SELECT")
+
+    commit = orders.commit
+    preview = await caller.preview_of(action)
+    monkeypatch.setattr(orders, "commit", cut_off_afterwards)
+    execution = await caller.execute(preview, request_id=f"cut-off-{action}")
+    assert execution.state == SUCCESS
+    assert caller.receiver.ids() == [execution.id]
+    logged = await relay.sql("SELECT status, reason FROM audit_logs WHERE request_id = $1", f"cut-off-{action}")
+    assert [tuple(row) for row in logged] == [("success", "")]
 
 
 async def test_the_default_key_is_the_preview(caller: Caller) -> None:

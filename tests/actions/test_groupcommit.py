@@ -243,3 +243,29 @@ async def test_a_database_that_takes_no_connections_for_a_while_is_told_and_foun
     finally:
         await elsewhere.close()
     assert await numbers.group.submit(2) == -2
+
+
+async def test_it_closes_though_the_end_of_a_connection_swallows_its_cancellation(
+    databases: Databases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay_grpc.groupcommit.CLOSE_SECONDS", 0.1)
+    flushing = asyncio.Event()
+
+    async def lose_the_cancellation(_connection: Any, _items: Sequence[int]) -> Sequence[int]:
+        flushing.set()
+        try:
+            await asyncio.sleep(10)
+        except asyncio.CancelledError:
+            raise ConnectionResetError from None
+        return []
+
+    async with databases.new() as url:
+        db = await Database.open(url)
+        group: GroupCommit[int, int] = GroupCommit(QUEUE, db, Metrics(), lose_the_cancellation)
+        item = asyncio.create_task(group.submit(1))
+        await flushing.wait()
+        async with asyncio.timeout(5):
+            await group.close()
+        with pytest.raises(errors.RelayError):
+            await item
+        await db.close()

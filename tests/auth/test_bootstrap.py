@@ -14,6 +14,7 @@ from relay_grpc.auth import keys
 from relay_grpc.bootstrap import Bootstrapped, bootstrap
 from relay_grpc.db import DatabaseUnusable
 from relay_grpc.embedded import EmbeddedPostgres
+from relay_grpc.owner import as_owner
 from relay_grpc.settings import Settings
 from tests.harness import Databases, Receiver, running, settings_for
 
@@ -145,3 +146,13 @@ async def test_a_database_without_relay_is_told_from_one_that_is_not_there(
     with pytest.raises(DatabaseUnusable) as caught:
         await bootstrap("postgresql://relay:planted-secret@127.0.0.1:1/relay", operator.settings())
     assert "planted-secret" not in str(caught.value)
+
+
+async def test_a_connection_that_is_cut_is_told_in_a_sentence(operator: Operator) -> None:
+    async def cut() -> None:
+        async with as_owner(operator.url) as connection:
+            await operator.sql(f"SELECT pg_terminate_backend({connection.get_server_pid()}, 5000)")
+            await connection.execute("SELECT")
+
+    with pytest.raises(DatabaseUnusable, match="ended the connection"):
+        await cut()

@@ -15,7 +15,8 @@ from aiohttp import web
 from joserfc.jwk import generate_key
 
 from relay_grpc import errors
-from relay_grpc.actions.egress import Egress, EgressPolicy
+from relay_grpc.actions.destinations import EgressPolicy
+from relay_grpc.actions.egress import Egress
 from relay_grpc.app import ANYWHERE
 from relay_grpc.auth import oidc, tokens
 from relay_grpc.auth.oidc import Pace, TokenVerifier

@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from joserfc.jwk import generate_key
 
 from relay_grpc import errors
-from relay_grpc.actions.egress import Egress, EgressPolicy
+from relay_grpc.actions.destinations import EgressPolicy
+from relay_grpc.actions.egress import Egress
 from relay_grpc.auth.oidc import TokenVerifier
 from relay_grpc.auth.tokens import MAX_TOKEN, Defect
 from relay_grpc.setting_types import OidcIssuer

@@ -15,7 +15,8 @@ from relay import errors as client_errors
 from relay.v1 import audit_pb2, auth_pb2
 
 from relay_grpc import errors
-from relay_grpc.actions.egress import Egress, EgressPolicy
+from relay_grpc.actions.destinations import EgressPolicy
+from relay_grpc.actions.egress import Egress
 from relay_grpc.auth import store
 from relay_grpc.auth.changes import Changes
 from relay_grpc.auth.oidc import TokenVerifier

@@ -28,6 +28,8 @@ PATTERNS = {
     "^[0-9a-f]{64}$": ("f" * 64, "f" * 63),
     "^[!-~]{0,255}$": ("~" * 255, "~" * 256),
     "^(whsec_[A-Za-z0-9+/]{32,88}={0,2})?$": (SECRET, SECRET + "A"),
+    "^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}$": ("x" * 64, "x" * 65),
+    "^[ -~]*$": ("~ !", "\x7f"),
 }
 
 # By kind and name of a rule: from its bound, a value that just keeps it and one that just breaks it. A new kind of rule
@@ -52,6 +54,7 @@ EDGES: dict[tuple[str, str], Callable[[Any], tuple[Any, Any]]] = {
     ("repeated", "min_items"): lambda n: (_scopes(n), _scopes(n - 1)),
     ("repeated", "max_items"): lambda n: (_scopes(n), _scopes(n + 1)),
     ("repeated", "unique"): lambda _: (_scopes(1), _scopes(1) * 2),
+    ("map", "max_pairs"): lambda n: (dict.fromkeys(_scopes(n, ""), "x"), dict.fromkeys(_scopes(n + 1, ""), "x")),
 }
 
 
@@ -67,7 +70,13 @@ class Edge:
 
     @property
     def path(self) -> str:
-        return ".".join(one.name for one in self.fields) + self.index
+        return told(self.fields) + self.index
+
+
+def told(fields: tuple[FieldDescriptor, ...]) -> str:
+    """The path that a violation tells for the first of each list on the way to a field."""
+    inner = [one.name + ("[0]" if one.is_repeated else "") for one in fields[:-1]]
+    return ".".join((*inner, fields[-1].name))
 
 
 def rules_of(field: FieldDescriptor) -> Any:
@@ -95,16 +104,22 @@ def edges(kind: Descriptor) -> Iterator[Edge]:
         if repeated:
             for edge in _edges_of(fields, rules.repeated.items):
                 yield Edge(fields, f"items.{edge.rule}", [edge.inside], [edge.outside], "[0]")
+        for edge in _edges_of(fields, rules.map.keys):
+            yield Edge(fields, f"keys.{edge.rule}", {edge.inside: "x"}, {edge.outside: "x"})
+        for edge in _edges_of(fields, rules.map.values):
+            yield Edge(fields, f"values.{edge.rule}", {"x": edge.inside}, {"x": edge.outside})
 
 
 def _edges_of(fields: tuple[FieldDescriptor, ...], rules: Any) -> Iterator[Edge]:
     kind = rules.WhichOneof("type")
     for rule, bound in getattr(rules, kind).ListFields() if kind else ():
-        if rule.name == "items":
+        if rule.name in ("items", "keys", "values"):
             continue
         inside, outside = EDGES[kind, rule.name](bound)
         if kind == "repeated" and fields[-1].enum_type:
             inside, outside = (_numbered(items) for items in (inside, outside))
+        if kind == "repeated" and fields[-1].message_type:
+            inside, outside = ([Duration(seconds=1)] * len(items) for items in (inside, outside))
         yield Edge(fields, rule.name, inside, outside)
 
 
@@ -113,14 +128,15 @@ def all_fields(kind: Descriptor, above: tuple[FieldDescriptor, ...] = ()) -> Ite
     for field in kind.fields:
         yield (*above, field)
         inner = field.message_type
-        if inner and inner.full_name not in (*OPAQUE, TIMESTAMP):
+        if inner and inner.full_name not in (*OPAQUE, TIMESTAMP) and not inner.GetOptions().map_entry:
             yield from all_fields(inner, (*above, field))
 
 
 def put(message: Message, fields: tuple[FieldDescriptor, ...], value: Any) -> None:
-    """Sets a field, or clears it for None."""
+    """Sets a field, of the first of each list on the way to it, or clears it for None."""
     for field in fields[:-1]:
-        message = getattr(message, field.name)
+        inner = getattr(message, field.name)
+        message = inner if not field.is_repeated else inner[0] if inner else inner.add()
     name = fields[-1].name
     message.ClearField(name)
     if isinstance(value, Message):
@@ -128,6 +144,8 @@ def put(message: Message, fields: tuple[FieldDescriptor, ...], value: Any) -> No
         getattr(message, name).SetInParent()
     elif isinstance(value, list):
         getattr(message, name).extend(value)
+    elif isinstance(value, dict):
+        getattr(message, name).update(value)
     elif value is not None:
         setattr(message, name, value)
 
@@ -158,6 +176,6 @@ def _later(duration: Duration, nanoseconds: int) -> Duration:
     return later
 
 
-def _scopes(count: int) -> list[str]:
+def _scopes(count: int, end: str = ":read") -> list[str]:
     letters = str.maketrans(string.digits, string.ascii_lowercase[:10])
-    return [f"{str(i).translate(letters)}:read" for i in range(count)]
+    return [f"{str(i).translate(letters)}{end}" for i in range(count)]

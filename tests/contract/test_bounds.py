@@ -2,15 +2,17 @@
 
 import math
 from typing import Any
+from uuid import UUID
 
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
-from relay.v1 import actions_pb2, auth_pb2
+from relay.v1 import actions_pb2, auth_pb2, connections_pb2
 
 from relay_grpc.call import Method
-from tests.contract.requests import TIMESTAMP, VALIDATOR, Edge, all_fields, edges, fitting, put, rules_of
+from tests.contract.requests import TIMESTAMP, VALIDATOR, Edge, all_fields, edges, fitting, put, rules_of, told
 from tests.harness import Relay
 from tests.rpc.wire import METHODS, Wire
 
@@ -26,29 +28,47 @@ FIELDS = [
     for fields in all_fields(method.input_type.DESCRIPTOR)
 ]
 FREE = "its type is bound enough"
+INNER = "its fields have rules"
+UNREAD = "answers alone hold it: UpdateConnection never reads it"
+MASKED = "UpdateConnection checks what its mask names: see below"
 UNBUILT = "its method is not built yet: whoever builds it gives it a bound"
 WITHOUT_RULES = {
     "CreateConnectionRequest.webhook": "the oneof around it has the rule",
     "WebhookConfiguration.body_signature": FREE,
+    "WebhookConfiguration.retry_policy": INNER,
     "CreateConnectionRequest.default": FREE,
+    "CreateConnectionRequest.validate_only": FREE,
+    "UpdateConnectionRequest.validate_only": FREE,
+    "ExecuteRequest.validate_only": FREE,
     "RecoverExecutionsRequest.end_time": FREE,
     "RecoverExecutionsRequest.validate_only": FREE,
     "ListEventsRequest.start_time": FREE,
     "ListEventsRequest.end_time": FREE,
     "ExportEventsRequest.start_time": FREE,
     "ExportEventsRequest.end_time": FREE,
-    "CreateApiKeyRequest.limits": "its fields have rules",
+    "CreateApiKeyRequest.limits": INNER,
     "ApprovalPolicy.action": UNBUILT,
-    "Connection.id": UNBUILT,
-    "Connection.name": UNBUILT,
-    "Connection.provider": UNBUILT,
-    "Connection.version": UNBUILT,
-    "Connection.enabled": UNBUILT,
-    "Connection.default": UNBUILT,
-    "Connection.webhook": UNBUILT,
-    "Connection.create_time": UNBUILT,
-    "Connection.update_time": UNBUILT,
-    "Connection.signing_secret": UNBUILT,
+    "Connection.id": MASKED,
+    "Connection.name": MASKED,
+    "Connection.version": FREE,
+    "Connection.enabled": FREE,
+    "Connection.default": FREE,
+    "Connection.webhook": INNER,
+    "Connection.provider": UNREAD,
+    "Connection.create_time": UNREAD,
+    "Connection.update_time": UNREAD,
+    "Connection.signing_secret": UNREAD,
+    "Connection.health": UNREAD,
+    "ConnectionHealth.breaker_state": UNREAD,
+    "ConnectionHealth.consecutive_failures": UNREAD,
+    "ConnectionHealth.failing_since_time": UNREAD,
+    "ConnectionHealth.next_probe_time": UNREAD,
+    "Connection.signing_keys": UNREAD,
+    "SigningKey.id": UNREAD,
+    "SigningKey.scheme": UNREAD,
+    "SigningKey.public_key": UNREAD,
+    "SigningKey.create_time": UNREAD,
+    "SigningKey.expire_time": UNREAD,
 }
 
 
@@ -76,7 +96,7 @@ def test_the_only_fields_without_rules_are_these() -> None:
             name = f"{field.containing_type.name}.{field.name}"
             if not rules.required and not rules.WhichOneof("type"):
                 found.add(name)
-            elif field.is_repeated and not rules.repeated.items.WhichOneof("type"):
+            elif rules.WhichOneof("type") == "repeated" and not rules.repeated.items.WhichOneof("type"):
                 found.add(f"{name}[]")
     assert found == set(WITHOUT_RULES)
 
@@ -100,7 +120,7 @@ async def test_a_text_with_a_nul_is_refused_because_the_database_has_none(
     text = ["a\0"] if fields[-1].is_repeated else "a\0"
     answer = await wire.call(method, request_with(method, fields, text))
     assert (answer.code, answer.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
-    assert any(path.startswith(".".join(one.name for one in fields)) for path in answer.violations)
+    assert any(path.startswith(told(fields)) for path in answer.violations)
 
 
 @pytest.mark.parametrize("seconds", [-62135596801, 253402300800, 2**63 - 1])
@@ -117,7 +137,7 @@ async def test_a_time_outside_the_years_1_to_9999_is_refused(
 ) -> None:
     answer = await wire.call(method, request_with(method, fields, Timestamp(seconds=seconds)))
     assert (answer.code, answer.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
-    assert ".".join(one.name for one in fields) in answer.violations
+    assert told(fields) in answer.violations
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -140,6 +160,36 @@ async def test_metadata_beyond_8_kib_is_refused_by_grpc_itself(wire: Wire) -> No
     assert (await wire.call("AuthService.WhoAmI", x_note="x" * 7 * 1024)).code == "OK"
     answer = await wire.call("AuthService.WhoAmI", x_note="x" * 8 * 1024)
     assert (answer.code, answer.status) == ("RESOURCE_EXHAUSTED", None)
+
+
+@pytest.mark.parametrize(
+    ("path", "connection"),
+    [
+        ("id", {"id": "x"}),
+        ("id", {}),
+        ("name", {"id": str(UUID(int=1))}),
+        ("name", {"id": str(UUID(int=1)), "name": "x" * 65}),
+        ("webhook.url", {"id": str(UUID(int=1)), "webhook": {}}),
+    ],
+)
+async def test_a_change_of_a_connection_keeps_the_bounds_of_a_new_one(
+    wire: Wire, path: str, connection: dict[str, Any]
+) -> None:
+    mask = FieldMask(paths=[path if path != "id" else "enabled"])
+    request = connections_pb2.UpdateConnectionRequest(connection=connection, update_mask=mask)
+    answer = await wire.call("ConnectionsService.UpdateConnection", request)
+    assert (answer.code, answer.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+    assert set(answer.violations) == {f"connection.{path}"}
+
+
+@pytest.mark.parametrize("paths", [[], ["id"], ["version"], ["signing_keys"], ["webhook.nothing"], ["", "name"]])
+async def test_a_mask_names_what_can_be_changed(wire: Wire, paths: list[str]) -> None:
+    request = connections_pb2.UpdateConnectionRequest(
+        connection={"id": str(UUID(int=1)), "name": "x"}, update_mask=FieldMask(paths=paths)
+    )
+    answer = await wire.call("ConnectionsService.UpdateConnection", request)
+    assert (answer.code, answer.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+    assert all(path.startswith("update_mask") for path in answer.violations)
 
 
 def nested(depth: int) -> Any:

@@ -6,9 +6,12 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
 from relay.v1 import actions_pb2, auth_pb2, connections_pb2
 
 from relay_grpc.call import Method
+from tests.actions.caller import answering
 from tests.contract.requests import fitting
 from tests.harness import Databases, Receiver, Relay, running, settings_for
 from tests.rpc.wire import METHODS, Answer, Wire, wired
@@ -54,16 +57,22 @@ async def test_a_request_id_is_taken_from_the_caller_where_it_is_fit_to_be_logge
         assert re.fullmatch("[0-9a-f]{32}", made)
 
 
+async def executed(wire: Wire, request: actions_pb2.PreviewRequest) -> Any:
+    """The execution of what is previewed, after its first attempt."""
+    preview = (await wire.call("ActionsService.Preview", request)).reply
+    return (await wire.call("ActionsService.Execute", actions_pb2.ExecuteRequest(preview_id=preview.id))).reply
+
+
 async def test_each_audited_method_that_is_built_leaves_one_event_of_its_success(
     relay: Relay, wire: Wire, events_of: Any, receiver: Receiver
 ) -> None:
     done = set()
 
-    async def do(name: str, request: Any) -> Any:
+    async def do(name: str, request: Any, reason: str = "") -> Any:
         request_id = uuid4().hex
         reply = (await wire.call(name, request, x_request_id=request_id)).reply
         (event,) = await events_of(request_id)
-        assert (event["action"], event["status"], event["reason"]) == (name, "success", "")
+        assert (event["action"], event["status"], event["reason"]) == (name, "success", reason)
         assert event["workspace_id"] == relay.tenant.workspace_id
         done.add(name)
         return reply
@@ -84,7 +93,26 @@ async def test_each_audited_method_that_is_built_leaves_one_event_of_its_success
     preview_request = actions_pb2.PreviewRequest(action="webhook.send", connection_id=connection.id)
     preview_request.parameters.update({"payload": {}})
     preview = await do("ActionsService.Preview", preview_request)
-    await do("ActionsService.Execute", actions_pb2.ExecuteRequest(preview_id=preview.id))
+    execution = await do("ActionsService.Execute", actions_pb2.ExecuteRequest(preview_id=preview.id))
+    await do("ActionsService.ResendExecution", actions_pb2.ResendExecutionRequest(id=execution.id))
+    answering(receiver, 500)
+    waiting = await executed(wire, preview_request)
+    await do("ActionsService.CancelExecution", actions_pb2.CancelExecutionRequest(id=waiting.id))
+    preview_request.action = "webhook.send_once"
+    unknown = await executed(wire, preview_request)
+    settled = {"state": actions_pb2.EXECUTION_STATE_FAILED, "reason": "they say so"}
+    settle = actions_pb2.ReconcileExecutionRequest(id=unknown.id, **settled)
+    await do("ActionsService.ReconcileExecution", settle, "FAILED: they say so")
+    recovery = await do(
+        "ActionsService.RecoverExecutions", actions_pb2.RecoverExecutionsRequest(start_time=Timestamp())
+    )
+    await do("ActionsService.CancelRecovery", actions_pb2.CancelRecoveryRequest(id=recovery.id))
+    change = {"connection": {"id": connection.id, "name": "audited too"}, "update_mask": FieldMask(paths=["name"])}
+    await do("ConnectionsService.UpdateConnection", connections_pb2.UpdateConnectionRequest(**change))
+    await do("ConnectionsService.RotateSecret", connections_pb2.RotateSecretRequest(id=connection.id))
+    unused = connections_pb2.CreateConnectionRequest(name="unused", webhook=webhook)
+    unused_id = (await wire.call("ConnectionsService.CreateConnection", unused)).reply.id
+    await do("ConnectionsService.DeleteConnection", connections_pb2.DeleteConnectionRequest(id=unused_id))
     await do("AuditService.ListEvents", fitting(METHODS["AuditService.ListEvents"].input_type.DESCRIPTOR))
     assert done == {
         method.name
@@ -112,7 +140,8 @@ async def test_a_defect_is_told_by_its_request_id_alone(broken: Relay, caplog: p
 
 async def test_a_defect_of_an_audited_method_leaves_one_event(broken: Relay) -> None:
     async with wired(broken) as wire:
-        request = fitting(connections_pb2.CreateConnectionRequest.DESCRIPTOR)
+        webhook = connections_pb2.WebhookConfiguration(url="http://127.0.0.1:9/")
+        request = connections_pb2.CreateConnectionRequest(name="lost", webhook=webhook)
         answer = await wire.call("ConnectionsService.CreateConnection", request, x_request_id="find-me-too")
     assert (answer.code, answer.reason) == ("INTERNAL", "INTERNAL")
     assert [

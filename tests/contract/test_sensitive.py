@@ -36,6 +36,8 @@ FIELDS = [
 
 def planted(field: FieldDescriptor) -> list[Any]:
     """Values with the canary in them: one within the field's bounds, others beyond."""
+    if field.message_type and field.message_type.GetOptions().map_entry:
+        return [{"x": CANARY}, {"x": f"{CANARY}\n"}, {"x": CANARY * 500}, {f"{CANARY} ": CANARY}, {"host": CANARY}]
     if field.message_type:
         parameters = [Struct(), Struct(), Struct()]
         parameters[0].update({"payload": {"to": [CANARY], "note": CANARY}})
@@ -87,6 +89,7 @@ def test_these_fields_are_sensitive() -> None:
         "Connection.signing_secret",
         "CreateConnectionRequest.signing_secret",
         "RotateSecretRequest.signing_secret",
+        "WebhookConfiguration.headers",
         "CompleteAuthorizationRequest.state",
         "CompleteAuthorizationRequest.code",
         "PreviewRequest.parameters",

@@ -15,7 +15,7 @@ from relay_grpc.auth import keys
 from relay_grpc.auth.scopes import ROLES
 from relay_grpc.call import Method
 from tests.auth.issuer import Issuer
-from tests.rpc.resources import FILTERS, FREE, NAMES, SHARED, Estate, Kind, Neighbours, nobodys, request
+from tests.rpc.resources import FILTERS, FREE, NAMES, Estate, Kind, Neighbours, nobodys, request
 from tests.rpc.wire import Answer
 
 OK = ("OK", "")
@@ -122,8 +122,7 @@ class Matrix:
             return Cell(caller, whose, await self._call(method, caller, request(method, values)), field, name)
 
         for field, kind in names.items():
-            if method.name not in SHARED:
-                yield await cell("foreign", field, foreign[kind])
+            yield await cell("foreign", field, foreign[kind])
             if not caller.may(method):
                 break  # nobody looks at what they ask for
             yield await cell("nobody's", field, nobodys(kind))
@@ -134,7 +133,7 @@ class Matrix:
             for whose, name in (("foreign", workspace), ("nobody's", nobodys(Kind.CONNECTION))):
                 answer = await self._call(method, caller, request(method, {}), x_relay_workspace=name)
                 yield Cell(caller, whose, answer, WORKSPACE, name)
-        if caller.role is not None or not names or method.name in SHARED:
+        if caller.role is not None or not names:
             yield await cell("own")
 
     async def _call(self, method: Method, caller: Caller, message: Message, **metadata: str) -> Answer:
@@ -158,7 +157,7 @@ class Matrix:
         if answer.code == "UNIMPLEMENTED":
             return nobodys(Kind.PAGE_TOKEN)
         token = str(answer.reply.next_page_token)
-        assert bool(token) != (method.name in SHARED), f"{method.name} has no second page to ask for"
+        assert token, f"{method.name} has no second page to ask for"
         return token
 
 

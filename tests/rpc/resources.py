@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from relay_grpc.auth import keys
 from relay_grpc.auth.scopes import SCOPES
 from relay_grpc.call import Method
+from tests.actions.caller import eventually
 from tests.auth.issuer import AUDIENCE, Issuer, issuing
 from tests.contract.requests import all_fields, fitting, put, rules_of
 from tests.harness import Receiver, Relay, Tenant, receiving, running, settings_for
@@ -34,13 +35,15 @@ class Kind(StrEnum):
     SECRET = auto()  # an API key's text
     CONNECTION = auto()
     PREVIEW = auto()
-    EXECUTION = auto()
+    EXECUTION = auto()  # that has succeeded
+    PENDING = auto()  # an execution too
+    UNKNOWN = auto()  # and another
     EVENT = auto()
     REQUEST = auto()  # a request id
     ROLE = auto()
     USER = auto()
-    RECOVERY = auto()  # of methods that are not built yet: nobody has one
-    AUTHORIZATION = auto()  # nor one of these
+    RECOVERY = auto()
+    AUTHORIZATION = auto()  # of methods that are not built yet: nobody has one
     PAGE_TOKEN = auto()
     # New names: what other tenants call theirs is free.
     NEW_CONNECTION = auto()
@@ -68,7 +71,7 @@ NAMES: Mapping[str, Mapping[str, Kind]] = {
     "ConnectionsService.CreateConnection": {"name": Kind.NEW_CONNECTION},
     "ConnectionsService.GetConnection": {"id": Kind.CONNECTION},
     "ConnectionsService.ListConnections": PAGE,
-    "ConnectionsService.UpdateConnection": {"connection.id": Kind.CONNECTION},
+    "ConnectionsService.UpdateConnection": {"connection.id": Kind.CONNECTION, "connection.name": Kind.NEW_CONNECTION},
     "ConnectionsService.DeleteConnection": {"id": Kind.CONNECTION},
     "ConnectionsService.RotateSecret": {"id": Kind.CONNECTION},
     "ConnectionsService.StartAuthorization": {},
@@ -81,9 +84,9 @@ NAMES: Mapping[str, Mapping[str, Kind]] = {
     "ActionsService.ListExecutions": {**PAGE, "connection_id": Kind.CONNECTION},
     "ActionsService.WatchExecution": {"id": Kind.EXECUTION},
     "ActionsService.ListAttempts": {**PAGE, "execution_id": Kind.EXECUTION},
-    "ActionsService.CancelExecution": {"id": Kind.EXECUTION},
+    "ActionsService.CancelExecution": {"id": Kind.PENDING},
     "ActionsService.ResendExecution": {"id": Kind.EXECUTION},
-    "ActionsService.ReconcileExecution": {"id": Kind.EXECUTION},
+    "ActionsService.ReconcileExecution": {"id": Kind.UNKNOWN},
     "ActionsService.RecoverExecutions": {"connection_id": Kind.CONNECTION},
     "ActionsService.GetRecovery": {"id": Kind.RECOVERY},
     "ActionsService.CancelRecovery": {"id": Kind.RECOVERY},
@@ -106,11 +109,11 @@ FILTERS = {
     ("AuditService.ListEvents", "actor_id"),
     ("AuditService.ListEvents", "request_id"),
 }
-SHARED = {"ActionsService.ListActions"}  # the catalogue is everybody's, and shorter than a page
 # Texts that name no row: of the catalogue, of the world outside, or for people.
 PLAIN = {
-    *("action", "connection.name", "connection.provider", "connection.signing_secret", "connection.webhook.url"),
-    *("digest", "issuer", "name", "parent", "policy.action", "provider", "reason", "role", "scopes", "signing_secret"),
+    *("action", "connection.disabled_reason", "connection.provider", "connection.signing_secret"),
+    *("connection.signing_keys.id", "connection.signing_keys.public_key", "connection.webhook.url", "digest"),
+    *("issuer", "name", "parent", "policy.action", "provider", "reason", "role", "scopes", "signing_secret"),
     "webhook.url",
 }
 _TEXT = re.compile(r'"([^"\\]{8,})"')
@@ -144,6 +147,10 @@ def request(method: Method, values: Mapping[str, str]) -> Message:
         case "ActionsService.Preview":
             message.action = "webhook.send"
             message.parameters.update({"payload": {}})
+        case "ConnectionsService.CreateConnection":
+            message.webhook.url = "http://127.0.0.1:9/"
+        case "ConnectionsService.UpdateConnection":
+            message.update_mask.paths.append("name")
         case "AuthService.CreateApiKey":
             message.role = "viewer"
         case "AuthService.AssignRole":
@@ -160,7 +167,9 @@ def nobodys(kind: Kind) -> str:
     match kind:
         case Kind.SECRET:
             return keys.generate(live=False).text
-        case Kind.API_KEY | Kind.CONNECTION | Kind.PREVIEW | Kind.EXECUTION | Kind.EVENT | Kind.RECOVERY:
+        case Kind.API_KEY | Kind.CONNECTION | Kind.PREVIEW | Kind.EVENT | Kind.RECOVERY:
+            return str(uuid4())
+        case Kind.EXECUTION | Kind.PENDING | Kind.UNKNOWN:
             return str(uuid4())
         case _:
             return f"nobodys-{token_hex(8)}"
@@ -216,6 +225,10 @@ class Estate:
                 return await self._preview(key)
             case Kind.EXECUTION:
                 return await self._execute(name)
+            case Kind.PENDING | Kind.UNKNOWN:
+                return await self._unsettled(name, kind)
+            case Kind.RECOVERY:
+                return str((await self._do("ActionsService.RecoverExecutions", {})).id)
             case Kind.EVENT | Kind.REQUEST:
                 column = {Kind.EVENT: "id", Kind.REQUEST: "request_id"}[kind]
                 query = f"SELECT {column} FROM audit_logs WHERE workspace_id = $1 AND request_id <> ''"
@@ -265,8 +278,41 @@ class Estate:
         values = {"preview_id": await self._preview(), "idempotency_key": idempotency_key}
         return str((await self._do("ActionsService.Execute", values)).id)
 
+    async def _unsettled(self, idempotency_key: str, kind: Kind) -> str:
+        """An execution in a state that deliveries to tests do not leave it in."""
+        execution_id = await self._execute(idempotency_key)
+        async with self.postgres.transaction():
+            await self.postgres.execute("SET LOCAL session_replication_role = replica")  # no way leads there
+            await self.postgres.execute(
+                """
+                UPDATE action_executions
+                   SET status = $2, completed_at = NULL,
+                       next_attempt_at = CASE WHEN $2::execution_state = 'pending' THEN now() + interval '1 hour' END
+                 WHERE id = $1
+                """,
+                execution_id,
+                str(kind),
+            )
+        return execution_id
+
+    async def settled(self) -> None:
+        """Waits until nothing of it goes on by itself."""
+
+        async def still() -> bool:
+            return not await self.postgres.fetchval(
+                """
+                SELECT EXISTS (SELECT FROM action_executions WHERE workspace_id = $1
+                                  AND (status = 'executing' OR next_attempt_at <= now()))
+                    OR EXISTS (SELECT FROM recoveries WHERE workspace_id = $1 AND completed_at IS NULL)
+                """,
+                self.tenant.workspace_id,
+            )
+
+        await eventually(still)
+
     async def rows(self) -> set[str]:
         """All that it has: table and row, as JSON, but for what changes by itself."""
+        await self.settled()
         tables = await self.postgres.fetch(
             """
             SELECT relname FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid

@@ -16,9 +16,11 @@ import aiohttp
 import asyncpg
 import grpc
 from aiohttp import web
+from google.protobuf.field_mask_pb2 import FieldMask
 from relay.v1 import actions_pb2, auth_pb2, connections_pb2
 
 from relay_grpc.bootstrap import bootstrap
+from relay_grpc.connections.secrets import Sealed, Vault
 from relay_grpc.embedded import EmbeddedPostgres
 from tests import valkey
 from tests.auth.issuer import AUDIENCE, Issuer, issuing
@@ -37,7 +39,10 @@ GUARDED = ("previews", "api_keys", "connections", "connection_secrets", "action_
 
 @dataclass
 class Stage:
-    """A server process, and everything around it. admin: a key. http: where the sidecar is. told: what came out."""
+    """A server process, and everything around it.
+
+    admin: a key. http: where the sidecar is. vault: opens what it keeps. told: what came out.
+    """
 
     plants: Plants
     wire: Wire
@@ -46,6 +51,7 @@ class Stage:
     postgres: Any
     receiver: Receiver
     issuer: Issuer
+    vault: Vault
     connection_id: str = ""
     answers: list[Answer] = field(default_factory=list)
     told: dict[str, str] = field(default_factory=dict)
@@ -86,15 +92,53 @@ class Stage:
         return await self.call(scene, "ActionsService.Execute", message, key)
 
     async def connect(self, scene: str, url: str) -> str:
-        """A connection to a URL whose query is secret, with a signing secret of the caller's."""
-        raw = self.plants.new(f"{scene}: signing secret")
-        signing_secret = "whsec_" + base64.b64encode(raw.encode() * 2).decode()
+        """A connection to a URL whose query is secret, with a header and a signing secret of the caller's."""
         message = connections_pb2.CreateConnectionRequest(
             name=f"connection {scene}",
-            webhook={"url": f"{url}?token={self.plants.new(f'{scene}: query', kept=True)}", "body_signature": True},
-            signing_secret=signing_secret,
+            webhook={
+                "url": f"{url}?token={self.plants.new(f'{scene}: query', kept=True)}",
+                "body_signature": True,
+                "headers": {"Authorization": f"Bearer {self.plants.new(f'{scene}: header')}"},
+            },
+            signing_secret=self.signing_secret(scene),
         )
         return str((await self.call(scene, "ConnectionsService.CreateConnection", message)).reply.id)
+
+    def signing_secret(self, scene: str) -> str:
+        raw = self.plants.new(f"{scene}: signing secret")
+        return "whsec_" + base64.b64encode(raw.encode() * 2).decode()
+
+    async def change_secrets(self, scene: str) -> None:
+        """Of its connection: the header and the signing secrets, one of them a key that the server makes."""
+        value = f"Basic {self.plants.new(f'{scene}: a new header')}"
+        changed = connections_pb2.Connection(id=self.connection_id, webhook={"headers": {"Authorization": value}})
+        mask = FieldMask(paths=["webhook.headers"])
+        for validate_only in (True, False):
+            update = connections_pb2.UpdateConnectionRequest(
+                connection=changed, update_mask=mask, validate_only=validate_only
+            )
+            assert (await self.call(scene, "ConnectionsService.UpdateConnection", update)).code == "OK"
+        rotate = connections_pb2.RotateSecretRequest(id=self.connection_id, signing_secret=self.signing_secret(scene))
+        assert (await self.call(scene, "ConnectionsService.RotateSecret", rotate)).code == "OK"
+        plain = connections_pb2.UpdateConnectionRequest(
+            connection={"id": self.connection_id}, update_mask=FieldMask(paths=["webhook.body_signature"])
+        )
+        assert (await self.call(scene, "ConnectionsService.UpdateConnection", plain)).code == "OK"
+        rotate = connections_pb2.RotateSecretRequest(
+            id=self.connection_id, signature_scheme=connections_pb2.SIGNATURE_SCHEME_ED25519
+        )
+        assert (await self.call(scene, "ConnectionsService.RotateSecret", rotate)).code == "OK"
+        row = await self.postgres.fetchrow(
+            "SELECT * FROM connection_secrets WHERE connection_id = $1 AND kind = 'ed25519'", self.connection_id
+        )
+        raw = self.vault.open(
+            Sealed(row["encryption_key_id"], row["wrapped_key"], row["ciphertext"]),
+            workspace_id=row["workspace_id"],
+            connection_id=row["connection_id"],
+            secret_id=row["id"],
+        )
+        for written in (raw.hex(), base64.b64encode(raw).decode()):
+            self.plants.known(written, f"{scene}: an Ed25519 key")
 
     async def new_key(self, scene: str, **fields: Any) -> auth_pb2.ApiKey:
         message = auth_pb2.CreateApiKeyRequest(name=scene, **{"role": "developer"} | fields)
@@ -107,6 +151,8 @@ async def success(stage: Stage) -> None:
     scene = "success"
     stage.connection_id = await stage.connect(scene, stage.receiver.url)
     key = await stage.new_key(scene)
+    assert (await stage.execute(scene, key=key.secret)).reply.state == actions_pb2.EXECUTION_STATE_SUCCESS
+    await stage.change_secrets(scene)
     assert (await stage.execute(scene, key=key.secret)).reply.state == actions_pb2.EXECUTION_STATE_SUCCESS
     verify = auth_pb2.VerifyApiKeyRequest(key=key.secret)
     assert (await stage.call(scene, "AuthService.VerifyApiKey", verify)).reply.principal.id == key.id
@@ -194,6 +240,13 @@ async def bad_request(stage: Stage) -> None:
         message = connections_pb2.CreateConnectionRequest(name=url, webhook={"url": url.replace("{}", secret)})
         answer = await stage.call("bad request", "ConnectionsService.CreateConnection", message)
         assert answer.code == "INVALID_ARGUMENT", url
+    for headers in ({"x": "{}\n"}, {"x": "{}" * 50}, {"{} ": "x"}, {"Authorization: {}": ""}, {"webhook-id": "{}"}):
+        secret = new("a header that is refused")
+        named = {name.replace("{}", secret): value.replace("{}", secret) for name, value in headers.items()}
+        webhook = connections_pb2.WebhookConfiguration(url=stage.receiver.url, headers=named)
+        message = connections_pb2.CreateConnectionRequest(name="refused", webhook=webhook)
+        answer = await stage.call("bad request", "ConnectionsService.CreateConnection", message)
+        assert answer.code == "INVALID_ARGUMENT", headers
 
 
 async def database_error(stage: Stage) -> None:
@@ -348,7 +401,8 @@ async def staged(url: str, folder: Path, module: str = "relay_grpc") -> AsyncIte
             agent = (("grpc.primary_user_agent", plants.new("user agent")),)
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, agent))
             admin = made.keys["admin"]
-            stage = Stage(plants, Wire(channel, admin), http_address, admin, postgres, receiver, issuer)
+            vault = Vault({key.id: key.key for key in settings_for(folder, **environ).encryption_keys})
+            stage = Stage(plants, Wire(channel, admin), http_address, admin, postgres, receiver, issuer, vault)
             yield stage
             stage.told["keys in Redis"] = str(list(redis.client.scan_iter()))
             redis.kill()

@@ -5,6 +5,7 @@ from google.api import annotations_pb2 as _annotations_pb2
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from relay.v1 import connections_pb2 as _connections_pb2
 from relay.v1 import policy_pb2 as _policy_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -20,6 +21,12 @@ class Delivery(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DELIVERY_UNSPECIFIED: _ClassVar[Delivery]
     DELIVERY_AT_LEAST_ONCE: _ClassVar[Delivery]
     DELIVERY_AT_MOST_ONCE: _ClassVar[Delivery]
+
+class EgressVerdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EGRESS_VERDICT_UNSPECIFIED: _ClassVar[EgressVerdict]
+    EGRESS_VERDICT_ALLOWED: _ClassVar[EgressVerdict]
+    EGRESS_VERDICT_UNRESOLVED: _ClassVar[EgressVerdict]
 
 class ExecutionState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -52,6 +59,9 @@ class ApprovalState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 DELIVERY_UNSPECIFIED: Delivery
 DELIVERY_AT_LEAST_ONCE: Delivery
 DELIVERY_AT_MOST_ONCE: Delivery
+EGRESS_VERDICT_UNSPECIFIED: EgressVerdict
+EGRESS_VERDICT_ALLOWED: EgressVerdict
+EGRESS_VERDICT_UNRESOLVED: EgressVerdict
 EXECUTION_STATE_UNSPECIFIED: ExecutionState
 EXECUTION_STATE_PENDING: ExecutionState
 EXECUTION_STATE_EXECUTING: ExecutionState
@@ -170,7 +180,7 @@ class Preview(_message.Message):
     def __init__(self, id: _Optional[str] = ..., action: _Optional[str] = ..., action_version: _Optional[int] = ..., provider: _Optional[str] = ..., connection_id: _Optional[str] = ..., connection_version: _Optional[int] = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., digest: _Optional[str] = ..., summary: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., delivery_plan: _Optional[_Union[DeliveryPlan, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., execution_id: _Optional[str] = ...) -> None: ...
 
 class DeliveryPlan(_message.Message):
-    __slots__ = ("method", "url", "addresses", "body_bytes", "signatures", "timeout", "max_attempts", "delivery")
+    __slots__ = ("method", "url", "addresses", "body_bytes", "signatures", "timeout", "max_attempts", "delivery", "host", "egress_verdict", "breaker_state", "retry_delays", "quota_cost")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     URL_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +189,11 @@ class DeliveryPlan(_message.Message):
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     MAX_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     DELIVERY_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    EGRESS_VERDICT_FIELD_NUMBER: _ClassVar[int]
+    BREAKER_STATE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_DELAYS_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_COST_FIELD_NUMBER: _ClassVar[int]
     method: str
     url: str
     addresses: _containers.RepeatedScalarFieldContainer[str]
@@ -187,7 +202,12 @@ class DeliveryPlan(_message.Message):
     timeout: _duration_pb2.Duration
     max_attempts: int
     delivery: Delivery
-    def __init__(self, method: _Optional[str] = ..., url: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., body_bytes: _Optional[int] = ..., signatures: _Optional[_Iterable[str]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_attempts: _Optional[int] = ..., delivery: _Optional[_Union[Delivery, str]] = ...) -> None: ...
+    host: str
+    egress_verdict: EgressVerdict
+    breaker_state: _connections_pb2.BreakerState
+    retry_delays: _containers.RepeatedCompositeFieldContainer[_duration_pb2.Duration]
+    quota_cost: int
+    def __init__(self, method: _Optional[str] = ..., url: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., body_bytes: _Optional[int] = ..., signatures: _Optional[_Iterable[str]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_attempts: _Optional[int] = ..., delivery: _Optional[_Union[Delivery, str]] = ..., host: _Optional[str] = ..., egress_verdict: _Optional[_Union[EgressVerdict, str]] = ..., breaker_state: _Optional[_Union[_connections_pb2.BreakerState, str]] = ..., retry_delays: _Optional[_Iterable[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]]] = ..., quota_cost: _Optional[int] = ...) -> None: ...
 
 class GetPreviewRequest(_message.Message):
     __slots__ = ("id",)
@@ -196,19 +216,21 @@ class GetPreviewRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class ExecuteRequest(_message.Message):
-    __slots__ = ("preview_id", "digest", "idempotency_key", "wait")
+    __slots__ = ("preview_id", "digest", "idempotency_key", "wait", "validate_only")
     PREVIEW_ID_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
+    VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
     preview_id: str
     digest: str
     idempotency_key: str
     wait: _duration_pb2.Duration
-    def __init__(self, preview_id: _Optional[str] = ..., digest: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    validate_only: bool
+    def __init__(self, preview_id: _Optional[str] = ..., digest: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., validate_only: _Optional[bool] = ...) -> None: ...
 
 class Execution(_message.Message):
-    __slots__ = ("id", "action", "action_version", "provider", "connection_id", "preview_id", "idempotency_key", "state", "replayed", "attempt_count", "last_attempt", "next_attempt_time", "create_time", "end_time")
+    __slots__ = ("id", "action", "action_version", "provider", "connection_id", "preview_id", "idempotency_key", "state", "replayed", "attempt_count", "last_attempt", "next_attempt_time", "create_time", "end_time", "delivery", "cancel_requested", "resend_count")
     ID_FIELD_NUMBER: _ClassVar[int]
     ACTION_FIELD_NUMBER: _ClassVar[int]
     ACTION_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +245,9 @@ class Execution(_message.Message):
     NEXT_ATTEMPT_TIME_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     END_TIME_FIELD_NUMBER: _ClassVar[int]
+    DELIVERY_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_REQUESTED_FIELD_NUMBER: _ClassVar[int]
+    RESEND_COUNT_FIELD_NUMBER: _ClassVar[int]
     id: str
     action: str
     action_version: int
@@ -237,7 +262,10 @@ class Execution(_message.Message):
     next_attempt_time: _timestamp_pb2.Timestamp
     create_time: _timestamp_pb2.Timestamp
     end_time: _timestamp_pb2.Timestamp
-    def __init__(self, id: _Optional[str] = ..., action: _Optional[str] = ..., action_version: _Optional[int] = ..., provider: _Optional[str] = ..., connection_id: _Optional[str] = ..., preview_id: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., state: _Optional[_Union[ExecutionState, str]] = ..., replayed: _Optional[bool] = ..., attempt_count: _Optional[int] = ..., last_attempt: _Optional[_Union[Attempt, _Mapping]] = ..., next_attempt_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    delivery: Delivery
+    cancel_requested: bool
+    resend_count: int
+    def __init__(self, id: _Optional[str] = ..., action: _Optional[str] = ..., action_version: _Optional[int] = ..., provider: _Optional[str] = ..., connection_id: _Optional[str] = ..., preview_id: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., state: _Optional[_Union[ExecutionState, str]] = ..., replayed: _Optional[bool] = ..., attempt_count: _Optional[int] = ..., last_attempt: _Optional[_Union[Attempt, _Mapping]] = ..., next_attempt_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., delivery: _Optional[_Union[Delivery, str]] = ..., cancel_requested: _Optional[bool] = ..., resend_count: _Optional[int] = ...) -> None: ...
 
 class Attempt(_message.Message):
     __slots__ = ("number", "start_time", "duration", "outcome", "status_code", "response_excerpt", "error")
@@ -344,18 +372,20 @@ class RecoverExecutionsRequest(_message.Message):
     def __init__(self, start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., connection_id: _Optional[str] = ..., validate_only: _Optional[bool] = ...) -> None: ...
 
 class Recovery(_message.Message):
-    __slots__ = ("id", "total_count", "recovered_count", "create_time", "end_time")
+    __slots__ = ("id", "total_count", "recovered_count", "create_time", "end_time", "cancelled")
     ID_FIELD_NUMBER: _ClassVar[int]
     TOTAL_COUNT_FIELD_NUMBER: _ClassVar[int]
     RECOVERED_COUNT_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     END_TIME_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
     id: str
     total_count: int
     recovered_count: int
     create_time: _timestamp_pb2.Timestamp
     end_time: _timestamp_pb2.Timestamp
-    def __init__(self, id: _Optional[str] = ..., total_count: _Optional[int] = ..., recovered_count: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    cancelled: bool
+    def __init__(self, id: _Optional[str] = ..., total_count: _Optional[int] = ..., recovered_count: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., cancelled: _Optional[bool] = ...) -> None: ...
 
 class GetRecoveryRequest(_message.Message):
     __slots__ = ("id",)

@@ -28,9 +28,9 @@ if _version_not_supported:
 class ActionsServiceStub:
     """What the caller can't take back: shown by Preview, done once by Execute.
 
-    Delivery is at least once and unordered; every attempt of one execution
-    carries the same webhook-id, on which a receiver deduplicates. Credentials
-    and errors as in AuthService.
+    Delivery is unordered, and at least once unless an action says otherwise:
+    every attempt of one execution carries the same webhook-id, on which a
+    receiver deduplicates. Credentials and errors as in AuthService.
     """
 
     def __init__(self, channel):
@@ -139,9 +139,9 @@ class ActionsServiceStub:
 class ActionsServiceServicer:
     """What the caller can't take back: shown by Preview, done once by Execute.
 
-    Delivery is at least once and unordered; every attempt of one execution
-    carries the same webhook-id, on which a receiver deduplicates. Credentials
-    and errors as in AuthService.
+    Delivery is unordered, and at least once unless an action says otherwise:
+    every attempt of one execution carries the same webhook-id, on which a
+    receiver deduplicates. Credentials and errors as in AuthService.
     """
 
     def ListActions(self, request, context):
@@ -201,8 +201,9 @@ class ActionsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchExecution(self, request, context):
-        """Sends the execution as it is and after every change, until it ends. Errors:
-        NOT_FOUND. Not built yet: UNIMPLEMENTED.
+        """Sends the execution as it is and whenever it has changed, until it ends:
+        changes in quick succession are told as one. A watch also ends with its
+        caller's credential. Errors: NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,17 +217,21 @@ class ActionsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelExecution(self, request, context):
-        """Stops further attempts of an execution that has not ended. Errors:
-        NOT_FOUND, FAILED_PRECONDITION (it has ended). Not built yet:
-        UNIMPLEMENTED.
+        """Stops further attempts of an execution that has not ended. An attempt that
+        is under way goes on, and may yet succeed: look at `cancel_requested`.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (EXECUTION_STATE: it has ended, or
+        its outcome is unknown).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResendExecution(self, request, context):
-        """Delivers an ended execution once more, under the same webhook-id. Errors:
-        NOT_FOUND. Not built yet: UNIMPLEMENTED.
+        """Delivers an ended execution once more, under the same webhook-id and with
+        all its attempts anew. What is delivered at most once is only sent again
+        where it failed or was cancelled. Errors: NOT_FOUND, FAILED_PRECONDITION
+        (EXECUTION_STATE: it goes on, or its outcome is unknown;
+        CONNECTION_DISABLED, ACTION_DISABLED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -234,31 +239,33 @@ class ActionsServiceServicer:
 
     def ReconcileExecution(self, request, context):
         """Settles an execution whose outcome is unknown. Errors: NOT_FOUND,
-        FAILED_PRECONDITION (it is known). Not built yet: UNIMPLEMENTED.
+        FAILED_PRECONDITION (EXECUTION_STATE: it is known).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RecoverExecutions(self, request, context):
-        """Delivers again what failed in a range of time. Not built yet:
-        UNIMPLEMENTED.
+        """Delivers again what failed in a range of time, each execution once, however
+        many there are: the answer is its beginning, GetRecovery tells the rest.
+        What goes to a connection that is disabled or deleted is left out. Errors:
+        INVALID_ARGUMENT (it begins no earlier than it ends), NOT_FOUND (no such
+        connection), FAILED_PRECONDITION (ACTION_DISABLED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetRecovery(self, request, context):
-        """Returns how far a recovery is. Errors: NOT_FOUND. Not built yet:
-        UNIMPLEMENTED.
+        """Returns how far a recovery is. Errors: NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelRecovery(self, request, context):
-        """Stops a recovery where it is. Errors: NOT_FOUND. Not built yet:
-        UNIMPLEMENTED.
+        """Stops a recovery where it is; what it has handed over goes on. Stopping one
+        that has ended changes nothing. Errors: NOT_FOUND, ABORTED (CONTENTION).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -410,9 +417,9 @@ def add_ActionsServiceServicer_to_server(servicer, server):
 class ActionsService:
     """What the caller can't take back: shown by Preview, done once by Execute.
 
-    Delivery is at least once and unordered; every attempt of one execution
-    carries the same webhook-id, on which a receiver deduplicates. Credentials
-    and errors as in AuthService.
+    Delivery is unordered, and at least once unless an action says otherwise:
+    every attempt of one execution carries the same webhook-id, on which a
+    receiver deduplicates. Credentials and errors as in AuthService.
     """
 
     @staticmethod

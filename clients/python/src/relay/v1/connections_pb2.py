@@ -31,7 +31,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from relay.v1 import policy_pb2 as relay_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1arelay/v1/connections.proto\x12\x08relay.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15relay/v1/policy.proto\"\x8e\x03\n\nConnection\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x1a\n\x08provider\x18\x03 \x01(\tR\x08provider\x12\x18\n\x07version\x18\x04 \x01(\x05R\x07version\x12\x18\n\x07\x65nabled\x18\x05 \x01(\x08R\x07\x65nabled\x12\x18\n\x07\x64\x65\x66\x61ult\x18\x06 \x01(\x08R\x07\x64\x65\x66\x61ult\x12:\n\x07webhook\x18\x07 \x01(\x0b\x32\x1e.relay.v1.WebhookConfigurationH\x00R\x07webhook\x12;\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12+\n\x0esigning_secret\x18\n \x01(\tB\x04\xb0\xbb\x18\x01R\rsigningSecretB\x0f\n\rconfiguration\"\\\n\x14WebhookConfiguration\x12\x1d\n\x03url\x18\x01 \x01(\tB\x0b\xbaH\x08r\x06(\x80\x10\x88\x01\x01R\x03url\x12%\n\x0e\x62ody_signature\x18\x02 \x01(\x08R\rbodySignature\"\xff\x01\n\x17\x43reateConnectionRequest\x12\x1d\n\x04name\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x04name\x12:\n\x07webhook\x18\x02 \x01(\x0b\x32\x1e.relay.v1.WebhookConfigurationH\x00R\x07webhook\x12W\n\x0esigning_secret\x18\x03 \x01(\tB0\xbaH)r\'2%^(whsec_[A-Za-z0-9+/]{32,88}={0,2})?$\xb0\xbb\x18\x01R\rsigningSecret\x12\x18\n\x07\x64\x65\x66\x61ult\x18\x04 \x01(\x08R\x07\x64\x65\x66\x61ultB\x16\n\rconfiguration\x12\x05\xbaH\x02\x08\x01\"0\n\x14GetConnectionRequest\x12\x18\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x02id\"g\n\x16ListConnectionsRequest\x12$\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"y\n\x17ListConnectionsResponse\x12\x36\n\x0b\x63onnections\x18\x01 \x03(\x0b\x32\x14.relay.v1.ConnectionR\x0b\x63onnections\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x9c\x01\n\x17UpdateConnectionRequest\x12<\n\nconnection\x18\x01 \x01(\x0b\x32\x14.relay.v1.ConnectionB\x06\xbaH\x03\xc8\x01\x01R\nconnection\x12\x43\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskB\x06\xbaH\x03\xc8\x01\x01R\nupdateMask\"3\n\x17\x44\x65leteConnectionRequest\x12\x18\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x02id\"\xcd\x01\n\x13RotateSecretRequest\x12\x18\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x02id\x12W\n\x0esigning_secret\x18\x02 \x01(\tB0\xbaH)r\'2%^(whsec_[A-Za-z0-9+/]{32,88}={0,2})?$\xb0\xbb\x18\x01R\rsigningSecret\x12\x43\n\x07overlap\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\xbaH\x0b\xaa\x01\x08\"\x04\x08\x80\xf5$2\x00R\x07overlap\"x\n\x19StartAuthorizationRequest\x12<\n\x08provider\x18\x01 \x01(\tB \xbaH\x1dr\x1bR\x06googleR\tmicrosoftR\x06githubR\x08provider\x12\x1d\n\x04name\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x04name\"\x86\x01\n\x1aStartAuthorizationResponse\x12+\n\x11\x61uthorization_url\x18\x01 \x01(\tR\x10\x61uthorizationUrl\x12;\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"h\n\x1c\x43ompleteAuthorizationRequest\x12$\n\x05state\x18\x01 \x01(\tB\x0e\xbaH\x07r\x05\x10\x01\x18\x80\x04\xb0\xbb\x18\x01R\x05state\x12\"\n\x04\x63ode\x18\x02 \x01(\tB\x0e\xbaH\x07r\x05\x10\x01\x18\x80 \xb0\xbb\x18\x01R\x04\x63ode2\xb7\t\n\x12\x43onnectionsService\x12\x84\x01\n\x10\x43reateConnection\x12!.relay.v1.CreateConnectionRequest\x1a\x14.relay.v1.Connection\"7\xaa\xbb\x18\x19\x08\x02\x12\x11\x63onnections:write\x18\x01(\x01\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/connections:\x01*\x12}\n\rGetConnection\x12\x1e.relay.v1.GetConnectionRequest\x1a\x14.relay.v1.Connection\"6\xaa\xbb\x18\x16\x08\x02\x12\x10\x63onnections:read\x18\x01\x82\xd3\xe4\x93\x02\x16\x12\x14/v1/connections/{id}\x12\x89\x01\n\x0fListConnections\x12 .relay.v1.ListConnectionsRequest\x1a!.relay.v1.ListConnectionsResponse\"1\xaa\xbb\x18\x16\x08\x02\x12\x10\x63onnections:read\x18\x01\x82\xd3\xe4\x93\x02\x11\x12\x0f/v1/connections\x12\x9d\x01\n\x10UpdateConnection\x12!.relay.v1.UpdateConnectionRequest\x1a\x14.relay.v1.Connection\"P\xaa\xbb\x18\x19\x08\x02\x12\x11\x63onnections:write\x18\x01(\x01\x82\xd3\xe4\x93\x02-2\x1f/v1/connections/{connection.id}:\nconnection\x12\x88\x01\n\x10\x44\x65leteConnection\x12!.relay.v1.DeleteConnectionRequest\x1a\x16.google.protobuf.Empty\"9\xaa\xbb\x18\x19\x08\x02\x12\x11\x63onnections:write\x18\x01(\x01\x82\xd3\xe4\x93\x02\x16*\x14/v1/connections/{id}\x12\x8e\x01\n\x0cRotateSecret\x12\x1d.relay.v1.RotateSecretRequest\x1a\x14.relay.v1.Connection\"I\xaa\xbb\x18\x19\x08\x02\x12\x11\x63onnections:write\x18\x01(\x01\x82\xd3\xe4\x93\x02&\"!/v1/connections/{id}:rotateSecret:\x01*\x12\xab\x01\n\x12StartAuthorization\x12#.relay.v1.StartAuthorizationRequest\x1a$.relay.v1.StartAuthorizationResponse\"J\xaa\xbb\x18\x19\x08\x02\x12\x11\x63onnections:write\x18\x01(\x01\x82\xd3\xe4\x93\x02\'\"\"/v1/connections:startAuthorization:\x01*\x12\xa4\x01\n\x15\x43ompleteAuthorization\x12&.relay.v1.CompleteAuthorizationRequest\x1a\x14.relay.v1.Connection\"M\xaa\xbb\x18\x19\x08\x02\x12\x11\x63onnections:write\x18\x01(\x01\x82\xd3\xe4\x93\x02*\"%/v1/connections:completeAuthorization:\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1arelay/v1/connections.proto\x12\x08relay.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15relay/v1/policy.proto\"\xae\x04\n\nConnection\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x1a\n\x08provider\x18\x03 \x01(\tR\x08provider\x12\x18\n\x07version\x18\x04 \x01(\x05R\x07version\x12\x18\n\x07\x65nabled\x18\x05 \x01(\x08R\x07\x65nabled\x12\x18\n\x07\x64\x65\x66\x61ult\x18\x06 \x01(\x08R\x07\x64\x65\x66\x61ult\x12:\n\x07webhook\x18\x07 \x01(\x0b\x32\x1e.relay.v1.WebhookConfigurationH\x00R\x07webhook\x12;\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12+\n\x0esigning_secret\x18\n \x01(\tB\x04\xb0\xbb\x18\x01R\rsigningSecret\x12\x31\n\x0f\x64isabled_reason\x18\x0b \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02R\x0e\x64isabledReason\x12\x32\n\x06health\x18\x0c \x01(\x0b\x32\x1a.relay.v1.ConnectionHealthR\x06health\x12\x37\n\x0csigning_keys\x18\r \x03(\x0b\x32\x14.relay.v1.SigningKeyR\x0bsigningKeysB\x0f\n\rconfiguration\"\x90\x02\n\x10\x43onnectionHealth\x12;\n\rbreaker_state\x18\x01 \x01(\x0e\x32\x16.relay.v1.BreakerStateR\x0c\x62reakerState\x12\x31\n\x14\x63onsecutive_failures\x18\x02 \x01(\x05R\x13\x63onsecutiveFailures\x12H\n\x12\x66\x61iling_since_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x10\x66\x61ilingSinceTime\x12\x42\n\x0fnext_probe_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\rnextProbeTime\"\xe8\x01\n\nSigningKey\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x31\n\x06scheme\x18\x02 \x01(\x0e\x32\x19.relay.v1.SignatureSchemeR\x06scheme\x12\x1d\n\npublic_key\x18\x03 \x01(\tR\tpublicKey\x12;\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"Y\n\x0bRetryPolicy\x12J\n\x06\x64\x65lays\x18\x01 \x03(\x0b\x32\x19.google.protobuf.DurationB\x17\xbaH\x14\x92\x01\x11\x10\x10\"\r\xaa\x01\n\"\x04\x08\x80\xa3\x05\x32\x02\x08\x01R\x06\x64\x65lays\"\xa9\x03\n\x14WebhookConfiguration\x12 \n\x03url\x18\x01 \x01(\tB\x0e\xbaH\x0br\x06(\x80\x10\x88\x01\x01\xd8\x01\x01R\x03url\x12%\n\x0e\x62ody_signature\x18\x02 \x01(\x08R\rbodySignature\x12\x8c\x01\n\x07headers\x18\x03 \x03(\x0b\x32+.relay.v1.WebhookConfiguration.HeadersEntryBE\xbaH>\x9a\x01;\x10\x10\"&r$2\"^[A-Za-z0-9!#$%&\'*+.^_`|~-]{1,64}$*\x0fr\r(\x80\x08\x32\x08^[ -~]*$\xb0\xbb\x18\x01R\x07headers\x12\x38\n\x0cretry_policy\x18\x04 \x01(\x0b\x32\x15.relay.v1.RetryPolicyR\x0bretryPolicy\x12\x43\n\x07timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\xbaH\x0b\xaa\x01\x08\"\x02\x08\x1e\x32\x02\x08\x01R\x07timeout\x1a:\n\x0cHeadersEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"\xf4\x02\n\x17\x43reateConnectionRequest\x12\x1d\n\x04name\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x04name\x12:\n\x07webhook\x18\x02 \x01(\x0b\x32\x1e.relay.v1.WebhookConfigurationH\x00R\x07webhook\x12W\n\x0esigning_secret\x18\x03 \x01(\tB0\xbaH)r\'2%^(whsec_[A-Za-z0-9+/]{32,88}={0,2})?$\xb0\xbb\x18\x01R\rsigningSecret\x12\x18\n\x07\x64\x65\x66\x61ult\x18\x04 \x01(\x08R\x07\x64\x65\x66\x61ult\x12N\n\x10signature_scheme\x18\x05 \x01(\x0e\x32\x19.relay.v1.SignatureSchemeB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x0fsignatureScheme\x12#\n\rvalidate_only\x18\x06 \x01(\x08R\x0cvalidateOnlyB\x16\n\rconfiguration\x12\x05\xbaH\x02\x08\x01\"0\n\x14GetConnectionRequest\x12\x18\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x02id\"g\n\x16ListConnectionsRequest\x12$\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"y\n\x17ListConnectionsResponse\x12\x36\n\x0b\x63onnections\x18\x01 \x03(\x0b\x32\x14.relay.v1.ConnectionR\x0b\x63onnections\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xc1\x01\n\x17UpdateConnectionRequest\x12<\n\nconnection\x18\x01 \x01(\x0b\x32\x14.relay.v1.ConnectionB\x06\xbaH\x03\xc8\x01\x01R\nconnection\x12\x43\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskB\x06\xbaH\x03\xc8\x01\x01R\nupdateMask\x12#\n\rvalidate_only\x18\x03 \x01(\x08R\x0cvalidateOnly\"3\n\x17\x44\x65leteConnectionRequest\x12\x18\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x02id\"\x9d\x02\n\x13RotateSecretRequest\x12\x18\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x02id\x12W\n\x0esigning_secret\x18\x02 \x01(\tB0\xbaH)r\'2%^(whsec_[A-Za-z0-9+/]{32,88}={0,2})?$\xb0\xbb\x18\x01R\rsigningSecret\x12\x43\n\x07overlap\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\xbaH\x0b\xaa\x01\x08\"\x04\x08\x80\xf5$2\x00R\x07overlap\x12N\n\x10signature_scheme\x18\x04 \x01(\x0e\x32\x19.relay.v1.SignatureSchemeB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x0fsignatureScheme\"x\n\x19StartAuthorizationRequest\x12<\n\x08provider\x18\x01 \x01(\tB \xbaH\x1dr\x1bR\x06googleR\tmicrosoftR\x06githubR\x08provider\x12\x1d\n\x04name\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x04name\"\x86\x01\n\x1aStartAuthorizationResponse\x12+\n\x11\x61uthorization_url\x18\x01 \x01(\tR\x10\x61uthorizationUrl\x12;\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"h\n\x1c\x43ompleteAuthorizationRequest\x12$\n\x05state\x18\x01 \x01(\tB\x0e\xbaH\x07r\x05\x10\x01\x18\x80\x04\xb0\xbb\x18\x01R\x05state\x12\"\n\x04\x63ode\x18\x02 \x01(\tB\x0e\xbaH\x07r\x05\x10\x01\x18\x80 \xb0\xbb\x18\x01R\x04\x63ode*|\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x02\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x03*s\n\x0fSignatureScheme\x12 \n\x1cSIGNATURE_SCHEME_UNSPECIFIED\x10\x00\x12 \n\x1cSIGNATURE_SCHEME_HMAC_SHA256\x10\x01\x12\x1c\n\x18SIGNATURE_SCHEME_ED25519\x10\x02\x32\xb7\t\n\x12\x43onnectionsService\x12\x84\x01\n\x10\x43reateConnection\x12!.relay.v1.CreateConnectionRequest\x1a\x14.relay.v1.Connection\"7\xaa\xbb\x18\x19\x08\x02\x12\x11\x63onnections:write\x18\x01(\x01\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/connections:\x01*\x12}\n\rGetConnection\x12\x1e.relay.v1.GetConnectionRequest\x1a\x14.relay.v1.Connection\"6\xaa\xbb\x18\x16\x08\x02\x12\x10\x63onnections:read\x18\x01\x82\xd3\xe4\x93\x02\x16\x12\x14/v1/connections/{id}\x12\x89\x01\n\x0fListConnections\x12 .relay.v1.ListConnectionsRequest\x1a!.relay.v1.ListConnectionsResponse\"1\xaa\xbb\x18\x16\x08\x02\x12\x10\x63onnections:read\x18\x01\x82\xd3\xe4\x93\x02\x11\x12\x0f/v1/connections\x12\x9d\x01\n\x10UpdateConnection\x12!.relay.v1.UpdateConnectionRequest\x1a\x14.relay.v1.Connection\"P\xaa\xbb\x18\x19\x08\x02\x12\x11\x63onnections:write\x18\x01(\x01\x82\xd3\xe4\x93\x02-2\x1f/v1/connections/{connection.id}:\nconnection\x12\x88\x01\n\x10\x44\x65leteConnection\x12!.relay.v1.DeleteConnectionRequest\x1a\x16.google.protobuf.Empty\"9\xaa\xbb\x18\x19\x08\x02\x12\x11\x63onnections:write\x18\x01(\x01\x82\xd3\xe4\x93\x02\x16*\x14/v1/connections/{id}\x12\x8e\x01\n\x0cRotateSecret\x12\x1d.relay.v1.RotateSecretRequest\x1a\x14.relay.v1.Connection\"I\xaa\xbb\x18\x19\x08\x02\x12\x11\x63onnections:write\x18\x01(\x01\x82\xd3\xe4\x93\x02&\"!/v1/connections/{id}:rotateSecret:\x01*\x12\xab\x01\n\x12StartAuthorization\x12#.relay.v1.StartAuthorizationRequest\x1a$.relay.v1.StartAuthorizationResponse\"J\xaa\xbb\x18\x19\x08\x02\x12\x11\x63onnections:write\x18\x01(\x01\x82\xd3\xe4\x93\x02\'\"\"/v1/connections:startAuthorization:\x01*\x12\xa4\x01\n\x15\x43ompleteAuthorization\x12&.relay.v1.CompleteAuthorizationRequest\x1a\x14.relay.v1.Connection\"M\xaa\xbb\x18\x19\x08\x02\x12\x11\x63onnections:write\x18\x01(\x01\x82\xd3\xe4\x93\x02*\"%/v1/connections:completeAuthorization:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,14 +40,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONNECTION'].fields_by_name['signing_secret']._loaded_options = None
   _globals['_CONNECTION'].fields_by_name['signing_secret']._serialized_options = b'\260\273\030\001'
+  _globals['_CONNECTION'].fields_by_name['disabled_reason']._loaded_options = None
+  _globals['_CONNECTION'].fields_by_name['disabled_reason']._serialized_options = b'\272H\005r\003\030\200\002'
+  _globals['_RETRYPOLICY'].fields_by_name['delays']._loaded_options = None
+  _globals['_RETRYPOLICY'].fields_by_name['delays']._serialized_options = b'\272H\024\222\001\021\020\020\"\r\252\001\n\"\004\010\200\243\0052\002\010\001'
+  _globals['_WEBHOOKCONFIGURATION_HEADERSENTRY']._loaded_options = None
+  _globals['_WEBHOOKCONFIGURATION_HEADERSENTRY']._serialized_options = b'8\001'
   _globals['_WEBHOOKCONFIGURATION'].fields_by_name['url']._loaded_options = None
-  _globals['_WEBHOOKCONFIGURATION'].fields_by_name['url']._serialized_options = b'\272H\010r\006(\200\020\210\001\001'
+  _globals['_WEBHOOKCONFIGURATION'].fields_by_name['url']._serialized_options = b'\272H\013r\006(\200\020\210\001\001\330\001\001'
+  _globals['_WEBHOOKCONFIGURATION'].fields_by_name['headers']._loaded_options = None
+  _globals['_WEBHOOKCONFIGURATION'].fields_by_name['headers']._serialized_options = b'\272H>\232\001;\020\020\"&r$2\"^[A-Za-z0-9!#$%&\'*+.^_`|~-]{1,64}$*\017r\r(\200\0102\010^[ -~]*$\260\273\030\001'
+  _globals['_WEBHOOKCONFIGURATION'].fields_by_name['timeout']._loaded_options = None
+  _globals['_WEBHOOKCONFIGURATION'].fields_by_name['timeout']._serialized_options = b'\272H\013\252\001\010\"\002\010\0362\002\010\001'
   _globals['_CREATECONNECTIONREQUEST'].oneofs_by_name['configuration']._loaded_options = None
   _globals['_CREATECONNECTIONREQUEST'].oneofs_by_name['configuration']._serialized_options = b'\272H\002\010\001'
   _globals['_CREATECONNECTIONREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_CREATECONNECTIONREQUEST'].fields_by_name['name']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_CREATECONNECTIONREQUEST'].fields_by_name['signing_secret']._loaded_options = None
   _globals['_CREATECONNECTIONREQUEST'].fields_by_name['signing_secret']._serialized_options = b'\272H)r\'2%^(whsec_[A-Za-z0-9+/]{32,88}={0,2})?$\260\273\030\001'
+  _globals['_CREATECONNECTIONREQUEST'].fields_by_name['signature_scheme']._loaded_options = None
+  _globals['_CREATECONNECTIONREQUEST'].fields_by_name['signature_scheme']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_GETCONNECTIONREQUEST'].fields_by_name['id']._loaded_options = None
   _globals['_GETCONNECTIONREQUEST'].fields_by_name['id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_LISTCONNECTIONSREQUEST'].fields_by_name['page_size']._loaded_options = None
@@ -66,6 +78,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROTATESECRETREQUEST'].fields_by_name['signing_secret']._serialized_options = b'\272H)r\'2%^(whsec_[A-Za-z0-9+/]{32,88}={0,2})?$\260\273\030\001'
   _globals['_ROTATESECRETREQUEST'].fields_by_name['overlap']._loaded_options = None
   _globals['_ROTATESECRETREQUEST'].fields_by_name['overlap']._serialized_options = b'\272H\013\252\001\010\"\004\010\200\365$2\000'
+  _globals['_ROTATESECRETREQUEST'].fields_by_name['signature_scheme']._loaded_options = None
+  _globals['_ROTATESECRETREQUEST'].fields_by_name['signature_scheme']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_STARTAUTHORIZATIONREQUEST'].fields_by_name['provider']._loaded_options = None
   _globals['_STARTAUTHORIZATIONREQUEST'].fields_by_name['provider']._serialized_options = b'\272H\035r\033R\006googleR\tmicrosoftR\006github'
   _globals['_STARTAUTHORIZATIONREQUEST'].fields_by_name['name']._loaded_options = None
@@ -90,30 +104,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONNECTIONSSERVICE'].methods_by_name['StartAuthorization']._serialized_options = b'\252\273\030\031\010\002\022\021connections:write\030\001(\001\202\323\344\223\002\'\"\"/v1/connections:startAuthorization:\001*'
   _globals['_CONNECTIONSSERVICE'].methods_by_name['CompleteAuthorization']._loaded_options = None
   _globals['_CONNECTIONSSERVICE'].methods_by_name['CompleteAuthorization']._serialized_options = b'\252\273\030\031\010\002\022\021connections:write\030\001(\001\202\323\344\223\002*\"%/v1/connections:completeAuthorization:\001*'
+  _globals['_BREAKERSTATE']._serialized_start=3395
+  _globals['_BREAKERSTATE']._serialized_end=3519
+  _globals['_SIGNATURESCHEME']._serialized_start=3521
+  _globals['_SIGNATURESCHEME']._serialized_end=3636
   _globals['_CONNECTION']._serialized_start=251
-  _globals['_CONNECTION']._serialized_end=649
-  _globals['_WEBHOOKCONFIGURATION']._serialized_start=651
-  _globals['_WEBHOOKCONFIGURATION']._serialized_end=743
-  _globals['_CREATECONNECTIONREQUEST']._serialized_start=746
-  _globals['_CREATECONNECTIONREQUEST']._serialized_end=1001
-  _globals['_GETCONNECTIONREQUEST']._serialized_start=1003
-  _globals['_GETCONNECTIONREQUEST']._serialized_end=1051
-  _globals['_LISTCONNECTIONSREQUEST']._serialized_start=1053
-  _globals['_LISTCONNECTIONSREQUEST']._serialized_end=1156
-  _globals['_LISTCONNECTIONSRESPONSE']._serialized_start=1158
-  _globals['_LISTCONNECTIONSRESPONSE']._serialized_end=1279
-  _globals['_UPDATECONNECTIONREQUEST']._serialized_start=1282
-  _globals['_UPDATECONNECTIONREQUEST']._serialized_end=1438
-  _globals['_DELETECONNECTIONREQUEST']._serialized_start=1440
-  _globals['_DELETECONNECTIONREQUEST']._serialized_end=1491
-  _globals['_ROTATESECRETREQUEST']._serialized_start=1494
-  _globals['_ROTATESECRETREQUEST']._serialized_end=1699
-  _globals['_STARTAUTHORIZATIONREQUEST']._serialized_start=1701
-  _globals['_STARTAUTHORIZATIONREQUEST']._serialized_end=1821
-  _globals['_STARTAUTHORIZATIONRESPONSE']._serialized_start=1824
-  _globals['_STARTAUTHORIZATIONRESPONSE']._serialized_end=1958
-  _globals['_COMPLETEAUTHORIZATIONREQUEST']._serialized_start=1960
-  _globals['_COMPLETEAUTHORIZATIONREQUEST']._serialized_end=2064
-  _globals['_CONNECTIONSSERVICE']._serialized_start=2067
-  _globals['_CONNECTIONSSERVICE']._serialized_end=3274
+  _globals['_CONNECTION']._serialized_end=809
+  _globals['_CONNECTIONHEALTH']._serialized_start=812
+  _globals['_CONNECTIONHEALTH']._serialized_end=1084
+  _globals['_SIGNINGKEY']._serialized_start=1087
+  _globals['_SIGNINGKEY']._serialized_end=1319
+  _globals['_RETRYPOLICY']._serialized_start=1321
+  _globals['_RETRYPOLICY']._serialized_end=1410
+  _globals['_WEBHOOKCONFIGURATION']._serialized_start=1413
+  _globals['_WEBHOOKCONFIGURATION']._serialized_end=1838
+  _globals['_WEBHOOKCONFIGURATION_HEADERSENTRY']._serialized_start=1780
+  _globals['_WEBHOOKCONFIGURATION_HEADERSENTRY']._serialized_end=1838
+  _globals['_CREATECONNECTIONREQUEST']._serialized_start=1841
+  _globals['_CREATECONNECTIONREQUEST']._serialized_end=2213
+  _globals['_GETCONNECTIONREQUEST']._serialized_start=2215
+  _globals['_GETCONNECTIONREQUEST']._serialized_end=2263
+  _globals['_LISTCONNECTIONSREQUEST']._serialized_start=2265
+  _globals['_LISTCONNECTIONSREQUEST']._serialized_end=2368
+  _globals['_LISTCONNECTIONSRESPONSE']._serialized_start=2370
+  _globals['_LISTCONNECTIONSRESPONSE']._serialized_end=2491
+  _globals['_UPDATECONNECTIONREQUEST']._serialized_start=2494
+  _globals['_UPDATECONNECTIONREQUEST']._serialized_end=2687
+  _globals['_DELETECONNECTIONREQUEST']._serialized_start=2689
+  _globals['_DELETECONNECTIONREQUEST']._serialized_end=2740
+  _globals['_ROTATESECRETREQUEST']._serialized_start=2743
+  _globals['_ROTATESECRETREQUEST']._serialized_end=3028
+  _globals['_STARTAUTHORIZATIONREQUEST']._serialized_start=3030
+  _globals['_STARTAUTHORIZATIONREQUEST']._serialized_end=3150
+  _globals['_STARTAUTHORIZATIONRESPONSE']._serialized_start=3153
+  _globals['_STARTAUTHORIZATIONRESPONSE']._serialized_end=3287
+  _globals['_COMPLETEAUTHORIZATIONREQUEST']._serialized_start=3289
+  _globals['_COMPLETEAUTHORIZATIONREQUEST']._serialized_end=3393
+  _globals['_CONNECTIONSSERVICE']._serialized_start=3639
+  _globals['_CONNECTIONSSERVICE']._serialized_end=4846
 # @@protoc_insertion_point(module_scope)

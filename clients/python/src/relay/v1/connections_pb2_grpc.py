@@ -108,24 +108,31 @@ class ConnectionsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateConnection(self, request, context):
-        """Changes a connection; previews made before no longer fit it. Errors:
-        NOT_FOUND. Not built yet: UNIMPLEMENTED.
+        """Changes a connection; previews made before no longer fit it. What only
+        switches it on or off, or renames it, leaves its version as it is. Enabling
+        it closes its breaker, and so does what changes its version. Errors:
+        NOT_FOUND, ALREADY_EXISTS (the name is taken), INVALID_ARGUMENT
+        (EGRESS_REFUSED), ABORTED (CONTENTION: it is no longer at the version that
+        the request names).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteConnection(self, request, context):
-        """Deletes a connection that no unfinished execution uses. Errors: NOT_FOUND,
-        FAILED_PRECONDITION. Not built yet: UNIMPLEMENTED.
+        """Deletes a connection that no unfinished execution uses, its secrets at
+        once. Its executions stay. Errors: NOT_FOUND, FAILED_PRECONDITION
+        (CONNECTION_IN_USE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RotateSecret(self, request, context):
-        """Gives the connection a new signing secret; the old one signs beside it for
-        a chosen overlap. Errors: NOT_FOUND. Not built yet: UNIMPLEMENTED.
+        """Gives the connection a new signing secret; those it has sign beside it for
+        a chosen overlap, or until they expire. The answer is the only one that
+        ever holds the new secret. Errors: NOT_FOUND, FAILED_PRECONDITION
+        (TOO_MANY_SIGNING_KEYS: 10 sign already).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
