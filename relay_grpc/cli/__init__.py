@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from relay_grpc.cli import actions, audit, connections, database, executions, keys, limits, roles, server
+from relay_grpc.cli import actions, audit, connections, database, executions, halts, keys, limits, roles, server
 from relay_grpc.cli.client import Target
 from relay_grpc.cli.failures import EPILOG, Failure
 
@@ -22,9 +22,11 @@ app = typer.Typer(
 )
 
 
-for command in (server.serve, server.demo, database.migrate, database.bootstrap, database.keygen):
+for command in (server.serve, server.demo, database.migrate, database.bootstrap, database.keygen, database.rewrap):
     app.command(rich_help_panel=SERVER)(command)
 app.add_typer(limits.app, name="limits", rich_help_panel=SERVER)
+for switch in (halts.halt, halts.resume, halts.halts):
+    app.command(rich_help_panel=SERVER)(switch)
 app.command(rich_help_panel=API)(keys.whoami)
 for group in (keys, roles, connections, actions, executions, audit):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2], rich_help_panel=API)

@@ -1,6 +1,5 @@
 """`relay actions`."""
 
-import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +9,7 @@ from rich.text import Text
 
 from relay_grpc.cli import executions, values
 from relay_grpc.cli.client import Json, connected
-from relay_grpc.cli.failures import ExitCode, Failure
-from relay_grpc.cli.output import fields, listing, moment, plain, show, tell, word
+from relay_grpc.cli.output import fields, length, listing, moment, plain, show, tell, word
 
 if TYPE_CHECKING:
     from relay.client import Relay
@@ -82,12 +80,17 @@ def execute(
     preview_id: Annotated[str, typer.Argument(metavar="PREVIEW_ID", help="A preview's id.")],
     idempotency_key: Key = "",
     wait: Wait = None,
+    validate_only: Annotated[
+        bool, typer.Option("--validate-only", metavar="", help="Check everything, do nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Do what a preview showed, once, and print how it went."""
     with connected(ctx) as relay:
-        execution = _execute(relay, preview_id, "", idempotency_key, wait)
+        execution = _execute(relay, preview_id, "", idempotency_key, wait, validate_only=validate_only)
     _conclude(execution, as_json)
+    if validate_only and not execution.id:
+        tell("It could be executed. Nothing was done.", stderr=True)
 
 
 @app.command()
@@ -98,27 +101,28 @@ def run(
     connection: Connection = "",
     idempotency_key: Key = "",
     wait: Wait = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Execute without asking.")] = False,
+    yes: values.Yes = False,
     as_json: Json = False,
 ) -> None:
     """Preview an action, ask, execute it and print how it went."""
-    if not (yes or sys.stdin.isatty()):
-        raise Failure("there is nobody to ask: give --yes to execute without asking", code=ExitCode.USAGE)
+    values.need_somebody(yes)
     with connected(ctx) as relay:
         shown = relay.actions.preview(action, parameters, connection_id=connection)
         tell(_plan(shown), "", stderr=True)
-        if not (yes or typer.confirm("Execute it?", err=True)):
-            tell("Nothing was done.", stderr=True)
-            raise typer.Exit(ExitCode.FAILED)
+        values.need_consent("Execute it?", yes)
         execution = _execute(relay, shown.id, shown.digest, idempotency_key, wait)
     _conclude(execution, as_json)
 
 
-def _execute(relay: "Relay", preview_id: str, digest: str, key: str, wait: timedelta | None) -> "actions_pb2.Execution":
+def _execute(
+    relay: "Relay", preview_id: str, digest: str, key: str, wait: timedelta | None, *, validate_only: bool = False
+) -> "actions_pb2.Execution":
     from relay.errors import DeadlineExceeded, Unavailable
     from relay.v1.actions_pb2 import ExecuteRequest
 
-    request = ExecuteRequest(preview_id=preview_id, digest=digest, idempotency_key=key, wait=wait)
+    request = ExecuteRequest(
+        preview_id=preview_id, digest=digest, idempotency_key=key, wait=wait, validate_only=validate_only
+    )
     try:
         answer: actions_pb2.Execution = relay.actions.call(
             "Execute", request, timeout=DEADLINE + (wait.total_seconds() if wait else 0)
@@ -131,12 +135,8 @@ def _execute(relay: "Relay", preview_id: str, digest: str, key: str, wait: timed
 
 
 def _conclude(execution: "actions_pb2.Execution", as_json: bool) -> None:
-    """Prints the execution and ends with 1 where it ended otherwise than in success."""
-    from relay.v1.actions_pb2 import EXECUTION_STATE_CANCELLED, EXECUTION_STATE_FAILED, EXECUTION_STATE_UNKNOWN
-
     show(execution, executions.view, as_json=as_json)
-    if execution.state in (EXECUTION_STATE_FAILED, EXECUTION_STATE_CANCELLED, EXECUTION_STATE_UNKNOWN):
-        raise typer.Exit(ExitCode.FAILED)
+    executions.end_with(execution)
 
 
 def _actions(actions: list["actions_pb2.Action"]) -> RenderableType:
@@ -160,10 +160,15 @@ def _plan(preview: "actions_pb2.Preview") -> RenderableType:
         {
             "preview": preview.id,
             "what": preview.summary,
-            "addresses": ", ".join(plan.addresses),
+            "addresses": ", ".join(plan.addresses) or "its name does not resolve now",
+            "signed": ", ".join(plan.signatures),
             "delivery": word(plan, "delivery").append(
-                f", {plan.max_attempts} attempts of {plan.timeout.ToMilliseconds() / 1000:g} s at most"
+                f", {plan.max_attempts} {'attempt' if plan.max_attempts == 1 else 'attempts'}"
+                f" of {length(plan.timeout)} at most"
             ),
+            "retries": "after " + ", ".join(map(length, plan.retry_delays)) if plan.retry_delays else "",
+            "breaker": word(plan, "breaker_state"),
+            "costs": f"{plan.quota_cost} of the executions budget",
             "digest": preview.digest,
             "expires": moment(preview, "expire_time"),
             "warning": Text("\n").join(Text(plain(warning).plain, "yellow") for warning in preview.warnings),

@@ -1,12 +1,15 @@
-"""The operator's commands on the database itself: `relay migrate`, `relay bootstrap`, `relay keygen`."""
+"""The operator's commands on the database itself: `relay migrate`, `bootstrap`, `keygen` and `rewrap`."""
 
+from collections import Counter
 from typing import Annotated
 
 import typer
 
 from relay_grpc.cli.client import Json
 from relay_grpc.cli.failures import ExitCode, Failure
-from relay_grpc.cli.output import show_json, tell, tell_secrets
+from relay_grpc.cli.operator import database
+from relay_grpc.cli.output import console, listing, show_json, tell, tell_secrets
+from relay_grpc.cli.server import DataDir
 from relay_grpc.cli.values import settings_from
 
 
@@ -76,3 +79,35 @@ def keygen() -> None:
 
     for name, value in new_key_material().items():
         typer.echo(f"{name}={value}")
+
+
+def rewrap(data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Encrypt the secrets of connections under the first of RELAY_ENCRYPTION_KEYS, whichever they are under.
+
+    Every server must have that key already; they go on meanwhile. A run that breaks off is continued by the next one.
+    Afterwards the other keys can be taken away. Exit code 1: some secrets are left.
+    """
+    import asyncio
+
+    from relay_grpc.connections.rewrap import rewrap
+
+    # As in development: it needs a database and these keys, and nothing else that production serves with.
+    keys = {key.id: key.key for key in settings_from(data_dir=data_dir, env="development").encryption_keys}
+    if not keys:
+        raise Failure("no RELAY_ENCRYPTION_KEYS: the first of them encrypts from now on", code=ExitCode.USAGE)
+    current = next(iter(keys))
+    with database(data_dir) as url, console(stderr=True).status("") as status:
+        done = asyncio.run(rewrap(url, keys, lambda count: status.update(f"{count} done")))
+    if as_json:
+        left = {str(id_): problem for id_, problem in done.left.items()}
+        show_json({"currentKey": current, "rewrapped": done.count, "left": left, "secretsByKey": dict(done.by_key)})
+    else:
+        tell(f"Encrypted anew, under the key {current}: {done.count}.")
+        rows = ((id_, str(count)) for id_, count in done.by_key.items())
+        tell(listing(("KEY", "SECRETS"), rows, none="There are no secrets."))
+    if problems := Counter(done.left.values()):
+        raise Failure(*(f"left as they were, {count}: {problem}" for problem, count in problems.items()))
+    if done.by_key.keys() - {current}:
+        raise Failure(
+            "secrets came under another key meanwhile: put the first key first on every server, and run it again"
+        )

@@ -55,7 +55,8 @@ class _Receiver:
         body = await request.read()
         headers = request.headers
         fresh = abs(time.time() - int(headers["webhook-timestamp"])) <= TOLERANCE_SECONDS
-        expected = signing.sign(self.secret, headers["webhook-id"], int(headers["webhook-timestamp"]), body)
+        key = signing.Key(signing.Scheme.HMAC, self.secret)
+        expected = signing.sign(key, headers["webhook-id"], int(headers["webhook-timestamp"]), body)
         genuine = any(hmac.compare_digest(given, expected) for given in headers["webhook-signature"].split())
         self.verdict = "verified" if fresh and genuine else "the signature is wrong"
         return web.json_response({"verified": fresh and genuine}, status=200 if fresh and genuine else 401)

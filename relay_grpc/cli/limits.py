@@ -1,16 +1,14 @@
 """`relay limits`: what workspaces may spend a minute, on the database itself."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from relay_grpc.cli.client import Json
 from relay_grpc.cli.failures import ExitCode, Failure
+from relay_grpc.cli.operator import database
 from relay_grpc.cli.output import listing, show_json, tell
 from relay_grpc.cli.server import DataDir
-from relay_grpc.cli.values import settings_from
 
 if TYPE_CHECKING:
     from relay_grpc.ratelimit.overrides import WorkspaceLimits
@@ -30,7 +28,7 @@ def show(
 
     from relay_grpc.ratelimit.overrides import workspaces
 
-    with _database(data_dir) as url:
+    with database(data_dir) as url:
         found = asyncio.run(workspaces(url, workspace))
     if workspace is not None and not found:
         raise _unknown(workspace)
@@ -61,7 +59,7 @@ def set_(
     limits = {budget: _limit(budget, text, most) for budget, text, most in asked if text is not None}
     if not limits:
         raise Failure("nothing to set: give --calls, --executions or both", code=ExitCode.USAGE)
-    with _database(data_dir) as url:
+    with database(data_dir) as url:
         changed = asyncio.run(set_limits(url, workspace, limits))
     if changed is None:
         raise _unknown(workspace)
@@ -77,37 +75,6 @@ def _limit(budget: str, text: str, most: int) -> int | None:
     if not text.isdecimal() or not 1 <= int(text) <= most:
         raise Failure(f"--{budget}: {text!r} should be a number from 1 to {most}, or default", code=ExitCode.USAGE)
     return int(text)
-
-
-@contextmanager
-def _database(data_dir: Any) -> Iterator[str]:
-    """The URL of DATABASE_URL, or of the embedded server: the one that runs, or else one that runs for the block."""
-    from relay_grpc.datafolder import POSTGRES
-    from relay_grpc.db import DatabaseUnusable
-    from relay_grpc.embedded import EmbeddedError, EmbeddedPostgres, running_at
-    from relay_grpc.schema import migrate
-
-    # As in development: limits need a database, not the key material that production serves with.
-    settings = settings_from(data_dir=data_dir, env="development")
-    folder = settings.data_dir / POSTGRES
-    try:
-        if settings.database_url is not None:
-            yield settings.database_url.get_secret_value()
-        elif (url := running_at(folder)) is not None:
-            yield url
-        elif (folder / "data").exists():
-            with EmbeddedPostgres(folder) as server:
-                migrate(server.url())  # as every start of it
-                yield server.url()
-        else:
-            raise Failure(
-                f"no DATABASE_URL, and no embedded database in {settings.data_dir}: 'relay serve' makes one",
-                code=ExitCode.USAGE,
-            )
-    except (DatabaseUnusable, EmbeddedError) as error:
-        raise Failure(str(error)) from error
-    except OSError as error:
-        raise Failure(f"can't use {error.filename or folder}: {error.strerror}") from error
 
 
 def _unknown(workspace: str) -> Failure:

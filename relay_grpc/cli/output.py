@@ -1,6 +1,7 @@
 """What commands print: tables and fields for people, JSON for scripts. Nothing else goes to standard output."""
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from google.protobuf.duration_pb2 import Duration
     from google.protobuf.message import Message
     from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -37,21 +39,35 @@ _STYLES = {
     "revoked": "red",
     "expired": "red",
     "insufficient_scopes": "yellow",
+    "closed": "green",
+    "open": "red",
+    "half_open": "yellow",
 }
 
 
 def show(answer: "Message | Sequence[Message]", view: Callable[[Any], RenderableType], *, as_json: bool) -> None:
     """Prints messages of the API: as protobuf's JSON, lists as an array, or as `view` makes it for people."""
     if as_json:
-        from google.protobuf.json_format import MessageToDict
         from google.protobuf.message import Message
 
-        def document(message: Message) -> dict[str, Any]:
-            return MessageToDict(message, always_print_fields_with_no_presence=True)
-
-        show_json(document(answer) if isinstance(answer, Message) else [document(message) for message in answer])
+        show_json(_document(answer) if isinstance(answer, Message) else [_document(message) for message in answer])
     else:
         tell(view(answer))
+
+
+def show_next(message: "Message", view: Callable[[Any], RenderableType], *, as_json: bool) -> None:
+    """Prints one of many messages at once: its JSON on a line of its own, or as `view` makes it for people."""
+    if as_json:
+        typer.echo(json.dumps(_document(message)))
+        sys.stdout.flush()  # whoever reads it through a pipe waits for it
+    else:
+        tell(view(message))
+
+
+def _document(message: "Message") -> dict[str, Any]:
+    from google.protobuf.json_format import MessageToDict
+
+    return MessageToDict(message, always_print_fields_with_no_presence=True)
 
 
 def show_json(document: object) -> None:
@@ -146,6 +162,17 @@ def when(timestamp: "Timestamp", *, now: datetime | None = None) -> str:
     if local.date() == today.date():
         return f"{local:%H:%M:%S}"
     return f"{local:%b %d %H:%M}" if local.year == today.year else f"{local:%Y-%m-%d}"
+
+
+def length(duration: "Duration") -> str:
+    """A time span, in the largest unit that tells it whole: 250 ms, 1.5 s, 30 min, 10 h."""
+    milliseconds = duration.ToMilliseconds()
+    if 0 < milliseconds < 1000:
+        return f"{milliseconds} ms"
+    for unit, size in (("h", 3_600_000), ("min", 60_000)):
+        if milliseconds and milliseconds % size == 0:
+            return f"{milliseconds // size} {unit}"
+    return f"{milliseconds / 1000:g} s"
 
 
 def moment(message: "Message", field: str) -> str:

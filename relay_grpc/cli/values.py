@@ -1,18 +1,21 @@
-"""What people type: durations, times, JSON and settings. Each raises typer.BadParameter or Failure: what is wrong."""
+"""What people type: durations, times, JSON, consent, settings. What is wrong raises typer.BadParameter or Failure."""
 
 import json
 import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from relay_grpc.cli.failures import ExitCode, Failure
+from relay_grpc.cli.output import tell
 
 if TYPE_CHECKING:
     from relay_grpc.settings import Settings
+
+Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do it without asking.")]
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _LONGEST = timedelta(days=36_500)
@@ -29,6 +32,11 @@ def duration(text: str) -> timedelta:
     if length is None or length > _LONGEST:
         raise typer.BadParameter(f"{text!r} should be a number with ms, s, m, h or d, such as 10s; 36500d at most")
     return length
+
+
+def durations(text: str) -> list[timedelta]:
+    """Several of them, by comma; "none" for none."""
+    return [] if text == "none" else [duration(part.strip()) for part in text.split(",")]
 
 
 def time(text: str) -> datetime:
@@ -57,6 +65,19 @@ def parameters(text: str) -> dict[str, Any]:
     return value
 
 
+def headers(text: str) -> dict[str, str]:
+    """A JSON object of texts: itself, @FILE, or - for standard input."""
+    value = parameters(text)
+    if not all(isinstance(one, str) for one in value.values()):
+        raise typer.BadParameter('every value should be a text, such as \'{"Authorization": "Bearer ..."}\'')
+    return value
+
+
+def secret(text: str) -> str:
+    """A secret: itself, @FILE, or - for standard input; an argument stays in the shell's history."""
+    return _source(text).strip()
+
+
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
@@ -74,11 +95,28 @@ def _source(text: str) -> str:
     return text
 
 
+def need_somebody(yes: bool) -> None:
+    """Raises Failure where consent is not given and nobody is there to ask for it."""
+    if not (yes or sys.stdin.isatty()):
+        raise Failure("there is nobody to ask: give --yes to do it without asking", code=ExitCode.USAGE)
+
+
+def need_consent(question: str, yes: bool) -> None:
+    """Asks, unless consent is given; ends the command where it is refused."""
+    if not (yes or typer.confirm(question, err=True)):
+        tell("Nothing was done.", stderr=True)
+        raise typer.Exit(ExitCode.FAILED)
+
+
 def settings_from(**overrides: Any) -> "Settings":
     """The settings of the environment; overrides go by field name and win."""
+    from relay_grpc import failpoints
     from relay_grpc.settings import Settings, SettingsError
 
     try:
-        return Settings.load(**overrides)
+        settings = Settings.load(**overrides)
     except SettingsError as error:
         raise Failure(*error.problems, code=ExitCode.USAGE) from error
+    if settings.failpoint:
+        failpoints.arm(*settings.failpoint)
+    return settings

@@ -27,7 +27,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from relay import _channel, aio, client, errors
+from relay import _call, _channel, aio, client, errors
 from relay.v1 import (
     actions_pb2,
     actions_pb2_grpc,
@@ -40,6 +40,7 @@ from relay.v1 import (
 )
 
 KEY = "rk_test_0123456789abcdef"
+NOON = dt.datetime(2026, 5, 4, 14, tzinfo=dt.timezone(dt.timedelta(hours=2)))  # in UTC
 PREVIEW = actions_pb2.Preview(id="018f0000-0000-7000-8000-000000000001", digest="ab" * 32)
 FILES = (auth_pb2, connections_pb2, actions_pb2, audit_pb2)
 METHODS = {
@@ -77,6 +78,7 @@ class Server(
 
     def __init__(self) -> None:
         self.answers: dict[str, deque[Message | Failure | float]] = {}
+        self.streams: deque[tuple[Message | Failure | float, ...]] = deque()
         self.received: list[Received] = []
         self.target = ""
 
@@ -101,6 +103,18 @@ class Server(
             await context.abort(answer.code, answer.message, trailers)
         return answer
 
+    async def stream(self, method: str, request: Message, context: Any) -> AsyncIterator[Message]:
+        """The next of `streams`, answer by answer; then it ends."""
+        metadata = dict(context.invocation_metadata())
+        self.received.append(Received(method, request, metadata, context.time_remaining(), time.monotonic()))
+        for answer in self.streams.popleft() if self.streams else ():
+            if isinstance(answer, float):
+                await asyncio.sleep(answer)
+            elif isinstance(answer, Failure):
+                await context.abort(answer.code, answer.message)
+            else:
+                yield answer
+
     def methods(self) -> list[str]:
         return [received.method for received in self.received]
 
@@ -109,7 +123,11 @@ def scripted(name: str) -> Callable[..., Any]:
     async def handler(self: Server, request: Message, context: Any) -> Message:
         return await self.answer(name, request, context)
 
-    return handler
+    async def stream(self: Server, request: Message, context: Any) -> AsyncIterator[Message]:
+        async for answer in self.stream(name, request, context):
+            yield answer
+
+    return stream if METHODS[name].server_streaming else handler
 
 
 for _name in METHODS:
@@ -199,7 +217,14 @@ SENT_ONCE = (
     "AssignRole",
     "RemoveRole",
     "CreateConnection",
+    "UpdateConnection",
+    "DeleteConnection",
+    "RotateSecret",
     "CancelExecution",
+    "ResendExecution",
+    "ReconcileExecution",
+    "RecoverExecutions",
+    "Approve",
 )
 
 
@@ -220,6 +245,9 @@ async def call_everything(relay: Any) -> None:
     await run(relay.connections.create_webhook, "orders", "https://example.com/hook")
     await run(relay.connections.get, "id")
     await take(relay.connections.list())
+    await run(relay.connections.update, connections_pb2.Connection(id="id"), ["enabled"])
+    await run(relay.connections.delete, "id")
+    await run(relay.connections.rotate_secret, "id")
     await take(relay.actions.list())
     await run(relay.actions.preview, "webhook.send", {})
     await run(relay.actions.get_preview, "id")
@@ -227,8 +255,15 @@ async def call_everything(relay: Any) -> None:
     await run(relay.actions.get_execution, "id")
     await take(relay.actions.list_executions())
     await take(relay.actions.list_attempts("id"))
+    await run(relay.actions.cancel_execution, "id")
+    await run(relay.actions.resend_execution, "id")
+    await run(relay.actions.reconcile_execution, "id", actions_pb2.EXECUTION_STATE_SUCCESS, "it is in their ledger")
+    await run(relay.actions.recover_executions, NOON)
+    await run(relay.actions.get_recovery, "id")
+    await run(relay.actions.cancel_recovery, "id")
+    await take(relay.actions.watch_execution("id", timeout=30))
     await take(relay.audit.list_events())
-    await run(relay.actions.call, "CancelExecution", actions_pb2.CancelExecutionRequest(id="id"))
+    await run(relay.actions.call, "Approve", actions_pb2.ApproveRequest(preview_id="id"))
 
 
 async def test_every_method_sends_the_key_and_a_deadline(relay: Any, server: Server) -> None:
@@ -246,18 +281,32 @@ def test_the_retry_policy_names_methods_that_exist() -> None:
 
 
 async def test_python_values_become_the_messages_fields(relay: Any, server: Server) -> None:
-    noon = dt.datetime(2026, 5, 4, 14, tzinfo=dt.timezone(dt.timedelta(hours=2)))
     parameters = {"payload": {"amount": 5, "tags": ["a", None, True]}, "fields": {"id": "9007199254740993"}}
     await run(relay.actions.preview, "webhook.send", parameters, connection_id="c", ttl=dt.timedelta(minutes=5))
-    await run(relay.auth.create_api_key, "ci", "developer", scopes={"actions:read"}, expire_time=noon)
+    await run(relay.auth.create_api_key, "ci", "developer", scopes={"actions:read"}, expire_time=NOON)
     await run(relay.auth.create_api_key, "ci", "ops", calls_per_minute=60, executions_per_minute=5)
     await run(relay.auth.rotate_api_key, "id", dt.timedelta(days=1))
     await run(relay.auth.verify_api_key, "rk_live_somebodys", scopes={"actions:read"})
     await run(relay.auth.assign_role, "user", "ops", issuer="https://login.example")
     await run(relay.auth.remove_role, "user", issuer="https://login.example")
     await run(relay.connections.create_webhook, "orders", "https://example.com", body_signature=True, default=True)
+    await run(
+        relay.connections.create_webhook,
+        "patient",
+        "https://example.com",
+        headers={"x-tenant": "7"},
+        retry_delays=[dt.timedelta(minutes=1)],
+        attempt_timeout=dt.timedelta(seconds=5),
+        signature_scheme=connections_pb2.SIGNATURE_SCHEME_ED25519,
+    )
+    await run(relay.connections.create_webhook, "once", "https://example.com", retry_delays=[], validate_only=True)
+    changed = connections_pb2.Connection(id="id", version=3, webhook={"url": "https://example.net"})
+    await run(relay.connections.update, changed, ["webhook.url"])
+    await run(relay.connections.rotate_secret, "id", overlap=dt.timedelta(0))
     await take(relay.actions.list_executions(states=[actions_pb2.EXECUTION_STATE_FAILED], page_size=7))
-    await take(relay.audit.list_events(outcome=audit_pb2.EVENT_OUTCOME_DENIED, start_time=noon))
+    await run(relay.actions.reconcile_execution, "id", actions_pb2.EXECUTION_STATE_SUCCESS, "it is in their ledger")
+    await run(relay.actions.recover_executions, NOON, connection_id="c", validate_only=True)
+    await take(relay.audit.list_events(outcome=audit_pb2.EVENT_OUTCOME_DENIED, start_time=NOON))
     assert [MessageToDict(received.request) for received in server.received] == [
         {"action": "webhook.send", "connectionId": "c", "parameters": parameters, "ttl": "300s"},
         {"name": "ci", "role": "developer", "scopes": ["actions:read"], "expireTime": "2026-05-04T12:00:00Z"},
@@ -267,7 +316,25 @@ async def test_python_values_become_the_messages_fields(relay: Any, server: Serv
         {"userId": "user", "role": "ops", "issuer": "https://login.example"},
         {"userId": "user", "issuer": "https://login.example"},
         {"name": "orders", "webhook": {"url": "https://example.com", "bodySignature": True}, "default": True},
+        {
+            "name": "patient",
+            "webhook": {
+                "url": "https://example.com",
+                "headers": {"x-tenant": "7"},
+                "retryPolicy": {"delays": ["60s"]},
+                "timeout": "5s",
+            },
+            "signatureScheme": "SIGNATURE_SCHEME_ED25519",
+        },
+        {"name": "once", "webhook": {"url": "https://example.com", "retryPolicy": {}}, "validateOnly": True},
+        {
+            "connection": {"id": "id", "version": 3, "webhook": {"url": "https://example.net"}},
+            "updateMask": "webhook.url",
+        },
+        {"id": "id", "overlap": "0s"},
         {"states": ["EXECUTION_STATE_FAILED"], "pageSize": 7},
+        {"id": "id", "state": "EXECUTION_STATE_SUCCESS", "reason": "it is in their ledger"},
+        {"startTime": "2026-05-04T12:00:00Z", "connectionId": "c", "validateOnly": True},
         {"outcome": "EVENT_OUTCOME_DENIED", "startTime": "2026-05-04T12:00:00Z"},
     ]
 
@@ -283,6 +350,15 @@ async def test_execute_confirms_the_digest_that_was_shown(relay: Any, server: Se
         "digest": PREVIEW.digest,
         "idempotencyKey": "order-4711",
         "wait": "0s",
+    }
+
+
+async def test_execute_may_only_ask_whether_it_could(relay: Any, server: Server) -> None:
+    await run(relay.actions.execute, PREVIEW, validate_only=True)
+    assert MessageToDict(server.received[0].request) == {
+        "previewId": PREVIEW.id,
+        "digest": PREVIEW.digest,
+        "validateOnly": True,
     }
 
 
@@ -311,6 +387,8 @@ async def test_integers_that_would_be_rounded_are_refused(relay: Any, server: Se
 async def test_times_without_a_time_zone_are_refused(relay: Any) -> None:
     with pytest.raises(ValueError, match="time zone"):
         await take(relay.audit.list_events(end_time=dt.datetime(2026, 5, 4)))
+    with pytest.raises(ValueError, match="time zone"):
+        await run(relay.actions.recover_executions, dt.datetime(2026, 5, 4))
 
 
 async def test_lists_fetch_a_page_when_it_is_needed(relay: Any, server: Server) -> None:
@@ -443,7 +521,14 @@ async def test_what_is_not_safe_to_repeat_is_sent_once(relay: Any, server: Serve
             "AssignRole": (relay.auth.assign_role, "user", "ops"),
             "RemoveRole": (relay.auth.remove_role, "user"),
             "CreateConnection": (relay.connections.create_webhook, "orders", "https://example.com"),
-            "CancelExecution": (relay.actions.call, "CancelExecution", actions_pb2.CancelExecutionRequest(id="id")),
+            "UpdateConnection": (relay.connections.update, connections_pb2.Connection(id="id"), ["enabled"]),
+            "DeleteConnection": (relay.connections.delete, "id"),
+            "RotateSecret": (relay.connections.rotate_secret, "id"),
+            "CancelExecution": (relay.actions.cancel_execution, "id"),
+            "ResendExecution": (relay.actions.resend_execution, "id"),
+            "ReconcileExecution": (relay.actions.reconcile_execution, "id", actions_pb2.EXECUTION_STATE_FAILED, "why"),
+            "RecoverExecutions": (relay.actions.recover_executions, NOON),
+            "Approve": (relay.actions.call, "Approve", actions_pb2.ApproveRequest(preview_id="id")),
         }
         assert set(calls) == set(SENT_ONCE)
         for method, (send, *arguments) in calls.items():
@@ -497,11 +582,96 @@ async def test_a_spent_budget_is_raised_at_once_with_its_delay(relay: Any, serve
 
 
 async def test_methods_that_are_not_built_yet_can_be_called(relay: Any, server: Server) -> None:
-    server.tell("CancelExecution", Failure(grpc.StatusCode.UNIMPLEMENTED, (info("METHOD_UNIMPLEMENTED"),)))
+    server.tell("Approve", Failure(grpc.StatusCode.UNIMPLEMENTED, (info("METHOD_UNIMPLEMENTED"),)))
     with pytest.raises(errors.Unimplemented):
-        await run(relay.actions.call, "CancelExecution", actions_pb2.CancelExecutionRequest(id="id"))
+        await run(relay.actions.call, "Approve", actions_pb2.ApproveRequest(preview_id="id"))
     await run(relay.actions.stub.GetExecution, actions_pb2.GetExecutionRequest(id="id"))
     assert server.received[1].request.id == "id"
+
+
+def at(count: int) -> actions_pb2.Execution:
+    """An execution after so many attempts."""
+    return actions_pb2.Execution(id="id", attempt_count=count)
+
+
+BROKEN = Failure(grpc.StatusCode.UNAVAILABLE)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_call, "RESUME_AFTER", 0.01)
+
+
+async def test_a_watch_tells_each_change_until_the_server_ends_it(relay: Any, server: Server) -> None:
+    server.streams.append((at(1), at(2), at(3)))
+    watch = relay.actions.watch_execution("id")
+    assert server.received == []
+    assert await take(watch) == [at(1), at(2), at(3)]
+    (received,) = server.received
+    assert (received.request.id, received.metadata["authorization"]) == ("id", f"Bearer {KEY}")
+    assert 3500 < received.seconds_left < 3700
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_watch_goes_on_where_it_broke_and_tells_nothing_twice(relay: Any, server: Server) -> None:
+    server.streams.extend([(at(1), at(2), 0.5, BROKEN), (BROKEN,), (at(2), BROKEN), (at(4),)])
+    assert await take(relay.actions.watch_execution("id", timeout=5)) == [at(1), at(2), at(4)]
+    assert len(server.received) == 4
+    first, *others = (received.seconds_left for received in server.received)
+    assert max(others) < first - 0.2, "the deadline is of the whole"
+
+
+async def test_a_watch_that_nobody_answers_ends_as_any_other_call(relay: Any, server: Server) -> None:
+    server.streams.extend([(BROKEN,)] * 9)
+    with pytest.raises(errors.Unavailable):
+        await take(relay.actions.watch_execution("id"))
+    assert len(server.received) == 4, "the channel's attempts"
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize(
+    ("end", "raised"),
+    [
+        (Failure(grpc.StatusCode.UNAUTHENTICATED), errors.Unauthenticated),
+        (Failure(grpc.StatusCode.NOT_FOUND), errors.NotFound),
+        (Failure(grpc.StatusCode.INTERNAL), errors.Internal),
+        (20.0, errors.DeadlineExceeded),
+    ],
+)
+async def test_a_watch_ends_with_whatever_a_repetition_would_not_cure(
+    relay: Any, server: Server, end: Any, raised: Any
+) -> None:
+    server.streams.append((at(1), end))
+    watch = relay.actions.watch_execution("id", timeout=0.5)
+    assert await take(watch, 1) == [at(1)]
+    with pytest.raises(raised):
+        await take(watch)
+    assert len(server.received) == 1
+
+
+async def test_a_watch_is_not_resumed_beyond_its_deadline(relay: Any, server: Server) -> None:
+    server.streams.append((at(1), BROKEN))
+    with pytest.raises(errors.Unavailable):
+        await take(relay.actions.watch_execution("id", timeout=_call.RESUME_AFTER / 2))
+    assert len(server.received) == 1
+
+
+async def test_whoever_stops_watching_ends_the_call(relay: Any, server: Server) -> None:
+    ended = asyncio.Event()
+
+    async def endless(method: str, request: Message, context: Any) -> AsyncIterator[Message]:
+        try:
+            yield at(1)
+            await asyncio.sleep(20)
+        finally:
+            ended.set()
+
+    server.stream = endless  # type: ignore[method-assign]
+    watch = relay.actions.watch_execution("id")
+    assert await take(watch, 1) == [at(1)]
+    await (watch.aclose() if hasattr(watch, "aclose") else asyncio.to_thread(watch.close))
+    async with asyncio.timeout(5):
+        await ended.wait()
 
 
 async def test_the_key_is_never_shown(relay: Any, server: Server) -> None:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import struct
 import sys
 import termios
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
@@ -23,6 +24,7 @@ from relay_grpc import datafolder
 from relay_grpc.cli import values
 from relay_grpc.embedded import EmbeddedPostgres
 from relay_grpc.settings import Settings
+from tests.actions.caller import answering, received
 from tests.harness import Databases, Receiver, Relay, running, settings_for
 
 PAYLOAD = '{"payload": {"amount": 5}}'
@@ -52,19 +54,23 @@ class Shell:
     async def __call__(self, *arguments: str, key: str | None = None, stdin: str = "", **environ: str) -> Ended:
         """key: the API key, "" for none. Whatever is asked, piped output holds neither that key nor escape codes."""
         key = self.admin if key is None else key
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "relay_grpc", *arguments),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=self.environ(key) | environ,
-        )
+        process = await self.start(*arguments, key=key, **environ)
         out, err = (stream.decode() for stream in await process.communicate(stdin.encode()))
         assert process.returncode is not None
         assert "\x1b" not in out + err
         assert "Traceback" not in err
         assert not key or key not in out + err
         return Ended(process.returncode, out, err)
+
+    async def start(self, *arguments: str, key: str | None = None, **environ: str) -> Any:
+        """The process of a command, with pipes."""
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "relay_grpc", *arguments),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=self.environ(self.admin if key is None else key) | environ,
+        )
 
     async def on_terminal(self, *arguments: str, answer: str = "", columns: int = 80, **environ: str) -> Ended:
         """The same on a terminal: `out` is all that it shows. answer: what is typed once it asks."""
@@ -176,6 +182,102 @@ async def test_an_execution_that_fails_ends_with_1(relay: Relay, shell: Shell, r
     assert run.code == 1
     assert "failed" in run.out
     assert "HTTP 410" in run.out
+
+
+async def test_what_could_be_executed_is_asked_without_doing_it(relay: Relay, shell: Shell, receiver: Receiver) -> None:
+    connection = await connect_to(relay, receiver)
+    preview = ("actions", "preview", "webhook.send", "--parameters", PAYLOAD, "--connection", connection, "--json")
+    previewed = (await shell(*preview)).json
+    asked = await shell("actions", "execute", previewed["id"], "--validate-only", "--json")
+    assert (asked.code, asked.json["id"], asked.json["previewId"]) == (0, "", previewed["id"])
+    assert asked.err == "It could be executed. Nothing was done.\n"
+    assert not receiver.requests
+    done = (await shell("actions", "execute", previewed["id"], "--json")).json
+    again = await shell("actions", "execute", previewed["id"], "--validate-only", "--json")
+    assert (again.json["id"], again.json["replayed"], again.err) == (done["id"], True, "")
+    assert len(receiver.requests) == 1
+
+
+async def test_a_watch_tells_each_change_until_the_end(relay: Relay, shell: Shell, receiver: Receiver) -> None:
+    answering(receiver, 500)
+    run = await shell(*run_on(await connect_to(relay, receiver)), "--yes", "--json")
+    execution = run.json["id"]
+    assert (run.code, run.json["state"]) == (0, "EXECUTION_STATE_PENDING")
+    script = await shell.start("executions", "watch", execution, "--json")
+    person = await shell.start("executions", "watch", execution)
+    lines = [[await one.stdout.readline()] for one in (script, person)]  # which come at once, through a pipe too
+    answering(receiver, 200)
+    await relay.sql("UPDATE action_executions SET next_attempt_at = now() WHERE id = $1", UUID(execution))
+    for one, read in zip((script, person), lines, strict=True):
+        read += (await one.communicate())[0].splitlines()
+        assert one.returncode == 0
+    states = [json.loads(line)["state"] for line in lines[0]]
+    assert [states[0], states[-1]] == ["EXECUTION_STATE_PENDING", "EXECUTION_STATE_SUCCESS"]
+    first, last = (lines[1][place].decode().strip() for place in (0, -1))
+    assert re.fullmatch(r"[\d:]{8}  pending  attempt 1 refused, HTTP 500: .*, next at [\d:]{8}", first)
+    assert re.fullmatch(r"[\d:]{8}  success  attempt 2 success, HTTP 200", last)
+
+
+async def test_an_execution_is_cancelled_and_sent_again(relay: Relay, shell: Shell, receiver: Receiver) -> None:
+    answering(receiver, 500)
+    run = await shell(*run_on(await connect_to(relay, receiver)), "--yes", "--json")
+    too_early = await shell("executions", "resend", run.json["id"])
+    assert (too_early.code, "EXECUTION_STATE" in too_early.err) == (5, True)
+    cancelled = await shell("executions", "cancel", run.json["id"])
+    assert (cancelled.code, "cancelled" in cancelled.out) == (0, True)
+    watched = await shell("executions", "watch", run.json["id"])
+    assert (watched.code, len(watched.out.splitlines())) == (1, 1)
+    answering(receiver, 200)
+    assert (await shell("executions", "resend", run.json["id"])).code == 0
+    assert (await shell("executions", "watch", run.json["id"])).code == 0
+    got = await shell("executions", "get", run.json["id"])
+    assert re.search(r"sent anew +once +\n", got.out)
+    assert receiver.ids() == [run.json["id"]] * 2
+
+
+async def test_what_nobody_knows_is_settled(relay: Relay, shell: Shell, receiver: Receiver) -> None:
+    answering(receiver, 500)
+    connection = await connect_to(relay, receiver)
+    once = ("actions", "run", "webhook.send_once", "--parameters", PAYLOAD, "--connection", connection)
+    run = await shell(*once, "--yes", "--json")
+    assert (run.code, run.json["state"]) == (1, "EXECUTION_STATE_UNKNOWN")
+    watched = await shell("executions", "watch", run.json["id"])
+    assert (watched.code, "unknown" in watched.out) == (1, True)
+    reconcile = ("executions", "reconcile", run.json["id"], "--reason", "it is in their ledger", "--state")
+    wrong = await shell(*reconcile, "pending")
+    assert (wrong.code, "'pending' is not one of 'success', 'failed'" in " ".join(wrong.err.split())) == (2, True)
+    settled = await shell(*reconcile, "success", "--json")
+    assert (settled.code, settled.json["state"]) == (0, "EXECUTION_STATE_SUCCESS")
+
+
+async def test_what_failed_is_recovered(relay: Relay, shell: Shell, receiver: Receiver) -> None:
+    answering(receiver, 500)
+    async with relay.connect(relay.tenant.admin) as client:
+        connection = await client.connections.create_webhook(f"failing {uuid4()}", receiver.url, retry_delays=[])
+        for number in range(3):
+            preview = await client.actions.preview(
+                "webhook.send", {"payload": {"n": number}}, connection_id=connection.id
+            )
+            await client.actions.execute(preview)
+    answering(receiver, 200)
+    recover = ("executions", "recover", "--since", "1h", "--connection", connection.id)
+    counted, nobody, refused = await asyncio.gather(
+        shell(*recover, "--validate-only"), shell(*recover), shell.on_terminal(*recover, answer="n\n")
+    )
+    assert counted.out == "3 failed executions can be delivered again. Nothing was done.\n"
+    assert (nobody.code, "--yes" in nobody.err) == (2, True)
+    assert (refused.code, refused.out.endswith("Nothing was done.\n")) == (1, True)
+    recovered = await shell(*recover, "--yes", "--json")
+    assert (recovered.code, recovered.json["totalCount"], recovered.json["recoveredCount"]) == (0, "3", "3")
+    shown, stopped, none = await asyncio.gather(
+        shell("executions", "recovery", recovered.json["id"]),
+        shell("executions", "cancel-recovery", recovered.json["id"]),
+        shell(*recover, "--yes"),
+    )
+    assert re.search(r"state +ended +\nhanded over +3 of 3 +\n", shown.out)
+    assert shown.out == stopped.out, "what has ended can't be stopped"
+    assert none.out == "0 failed executions can be delivered again. Nothing was done.\n"
+    await received(receiver, 6)
 
 
 async def test_a_person_is_asked_and_heeded(relay: Relay, shell: Shell, receiver: Receiver) -> None:

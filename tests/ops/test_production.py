@@ -103,11 +103,11 @@ async def test_serve_in_production_from_the_command_line(managed_url: str, tmp_p
     line = (await asyncio.wait_for(process.stderr.readline(), 60)).decode()
     address = line.split("gRPC on ")[1].split(" ")[0]
 
-    def actions_enabled() -> list[bool]:
+    def actions_enabled() -> set[bool]:
         with connect(address, api_key=made.keys["admin"]) as client:
-            return [action.enabled for action in client.actions.list()]
+            return {action.enabled for action in client.actions.list()}
 
-    assert await asyncio.to_thread(actions_enabled) == [False]  # in production somebody has to say so
+    assert await asyncio.to_thread(actions_enabled) == {False}  # in production somebody has to say so
     process.terminate()
     assert await asyncio.wait_for(process.wait(), 60) == 0
     assert not list(tmp_path.iterdir())  # production keeps nothing on the disk

@@ -39,6 +39,9 @@ FAMILIES = {
     "relay_attempts": {"provider", "outcome"},
     "relay_executions": {"provider", "action", "state"},
     "relay_executions_in_flight": set(),
+    "relay_oldest_due_seconds": set(),
+    "relay_breaker_transitions": {"to"},
+    "relay_connections_disabled": {"reason"},
     "relay_rate_limited": {"budget", "holder"},
     "relay_rate_limit_shadowed": {"budget", "holder"},
     "relay_rate_limiter_degraded": set(),
@@ -270,6 +273,10 @@ def use_everything(metrics: Metrics) -> None:
             metrics.rate_limit_shadowed.labels(budget, holder).inc()
     for reason in ("invalid", "malformed", "throttled", *Defect):
         metrics.auth_failures.labels(reason).inc()
+    for to in ("open", "closed"):
+        metrics.breaker_transitions.labels(to).inc()
+    for reason in ("GONE", "FAILING"):
+        metrics.connections_disabled.labels(reason).inc()
     for outcome in ("ok", "failed"):
         metrics.oidc_readings.labels(outcome).inc()
     for outcome in ("written", "aggregated", "failed"):

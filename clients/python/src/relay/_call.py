@@ -1,4 +1,4 @@
-"""One call as data: what is sent, for how long, when it is repeated, and how a list goes on."""
+"""One call as data: what is sent, for how long, when it is repeated, and how a list or a watch goes on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,9 +6,10 @@ from typing import Any, Generic, Self, TypeVar
 
 from google.protobuf.message import Message
 
-from relay.errors import Contention, RelayError
+from relay.errors import Contention, RelayError, Unavailable
 
 DEADLINE = 30.0  # seconds
+RESUME_AFTER = 1.0  # seconds
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
@@ -51,3 +52,15 @@ class Page(Call[Any], Generic[Item]):
         request.CopyFrom(self.request)
         request.page_token = answer.next_page_token
         return replace(self, request=request)
+
+
+@dataclass(frozen=True)
+class Stream(Call[Item], Generic[Item]):
+    """A call that answers one message after the other, the first of them at once. timeout: of the whole."""
+
+    def pause(self, error: RelayError, remaining: float) -> float | None:
+        """Seconds after which to ask again, None to give up. It is asked for streams that had begun.
+
+        What began is taken up again where it broke: the first message tells how things are now.
+        """
+        return RESUME_AFTER if isinstance(error, Unavailable) and remaining > RESUME_AFTER else None

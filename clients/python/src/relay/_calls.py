@@ -2,16 +2,19 @@
 
 Each function describes one RPC and sends nothing; the clients make methods of them. Messages are those of relay.v1,
 whose comments give the bounds and errors. Every function takes `timeout`, the seconds until the call's deadline (for
-lists: of each page), and durations and times as timedelta and aware datetime.
+lists: of each page; for a watch: of the whole), and durations and times as timedelta and aware datetime.
 """
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 
 from google.protobuf.empty_pb2 import Empty
+from google.protobuf.field_mask_pb2 import FieldMask
 
-from relay._call import DEADLINE, Call, Page
+from relay._call import DEADLINE, Call, Page, Stream
 from relay.v1 import actions_pb2, audit_pb2, auth_pb2, connections_pb2
+
+WATCH_DEADLINE = 3600.0  # seconds
 
 # AuthService
 
@@ -129,21 +132,37 @@ def create_webhook(
     url: str,
     *,
     body_signature: bool = False,
+    headers: Mapping[str, str] | None = None,
+    retry_delays: Iterable[timedelta] | None = None,
+    attempt_timeout: timedelta | None = None,
     signing_secret: str = "",
+    signature_scheme: connections_pb2.SignatureScheme = connections_pb2.SIGNATURE_SCHEME_UNSPECIFIED,
     default: bool = False,
+    validate_only: bool = False,
     timeout: float = DEADLINE,
 ) -> Call[connections_pb2.Connection]:
     """Makes a connection to a webhook receiver; only this answer holds its `signing_secret`.
 
-    body_signature: send the older header X-Signature too. signing_secret: "whsec_" and base64, empty to have one made.
-    default: serve previews that name no connection. Never repeated by the client: after an Unavailable or
-    DeadlineExceeded, look in connections.list first.
+    body_signature: send the older header X-Signature too. headers: sent with every delivery, kept encrypted.
+    retry_delays: the waits between attempts, none of them for a single attempt; None for the server's. attempt_timeout:
+    the most that an attempt may take; None for the server's. signing_secret: "whsec_" and base64, empty to have one
+    made. signature_scheme: with SIGNATURE_SCHEME_ED25519 the answer's `signing_keys` hold the public key instead of a
+    secret. default: serve previews that name no connection. validate_only: checks everything and makes nothing. Never
+    repeated by the client: after an Unavailable or DeadlineExceeded, look in connections.list first.
     """
     request = connections_pb2.CreateConnectionRequest(
         name=name,
-        webhook=connections_pb2.WebhookConfiguration(url=url, body_signature=body_signature),
+        webhook=connections_pb2.WebhookConfiguration(
+            url=url,
+            body_signature=body_signature,
+            headers=headers,
+            retry_policy=None if retry_delays is None else connections_pb2.RetryPolicy(delays=retry_delays),
+            timeout=attempt_timeout,
+        ),
         signing_secret=signing_secret,
+        signature_scheme=signature_scheme,
         default=default,
+        validate_only=validate_only,
     )
     return Call("CreateConnection", request, timeout)
 
@@ -156,6 +175,55 @@ def get_connection(connection_id: str, *, timeout: float = DEADLINE) -> Call[con
 def list_connections(*, page_size: int = 0, timeout: float = DEADLINE) -> Page[connections_pb2.Connection]:
     """The connections of the workspace, newest first."""
     return Page("ListConnections", connections_pb2.ListConnectionsRequest(page_size=page_size), timeout, "connections")
+
+
+def update_connection(
+    connection: connections_pb2.Connection,
+    fields: Iterable[str],
+    *,
+    validate_only: bool = False,
+    timeout: float = DEADLINE,
+) -> Call[connections_pb2.Connection]:
+    """Changes these fields of the connection with the message's id to what the message says.
+
+    connection: as it was answered, or made of its id and the new values. With a version, it is changed only if it is
+    still at that one; otherwise Contention. Headers with empty values stay as they are. fields: such as "name",
+    "enabled" or "webhook.url".
+    validate_only: checks everything and changes nothing; the answer is what would be. Never repeated by the client: the
+    second time, it would find a newer version, or undo what somebody else did in between.
+    """
+    request = connections_pb2.UpdateConnectionRequest(
+        connection=connection, update_mask=FieldMask(paths=fields), validate_only=validate_only
+    )
+    return Call("UpdateConnection", request, timeout)
+
+
+def delete_connection(connection_id: str, *, timeout: float = DEADLINE) -> Call[Empty]:
+    """Deletes a connection that no unfinished execution uses, and its secrets; its executions stay.
+
+    Never repeated by the client: the second time, it would not be found.
+    """
+    return Call("DeleteConnection", connections_pb2.DeleteConnectionRequest(id=connection_id), timeout)
+
+
+def rotate_secret(
+    connection_id: str,
+    *,
+    overlap: timedelta | None = None,
+    signing_secret: str = "",
+    signature_scheme: connections_pb2.SignatureScheme = connections_pb2.SIGNATURE_SCHEME_UNSPECIFIED,
+    timeout: float = DEADLINE,
+) -> Call[connections_pb2.Connection]:
+    """Gives the connection a new signing secret; only this answer holds it.
+
+    overlap: how long those that it has sign beside it, 0 to 7 days; None for 24 hours. signing_secret: empty to have
+    one made. signature_scheme: unspecified for that of the newest secret. Never repeated by the client: after an
+    Unavailable or DeadlineExceeded, look at the `signing_keys` of connections.get first.
+    """
+    request = connections_pb2.RotateSecretRequest(
+        id=connection_id, overlap=overlap, signing_secret=signing_secret, signature_scheme=signature_scheme
+    )
+    return Call("RotateSecret", request, timeout)
 
 
 # ActionsService
@@ -195,19 +263,24 @@ def execute(
     *,
     idempotency_key: str = "",
     wait: timedelta | None = None,
+    validate_only: bool = False,
     timeout: float | None = None,
 ) -> Call[actions_pb2.Execution]:
     """Does what `preview` showed, once, and answers the execution as it then is: look at its `state`.
 
     The preview's digest goes with it: what was shown is what is confirmed. idempotency_key: recognises a repetition, 1
     to 255 printable ASCII characters; empty for the preview's id. wait: for the first attempt's outcome, 0 to 30
-    seconds; None for 10. timeout: None for 30 seconds more than `wait`. Raises ValueError for a preview without an id
-    or a digest.
+    seconds; None for 10. validate_only: checks everything and does nothing; the answer has no id. timeout: None for 30
+    seconds more than `wait`. Raises ValueError for a preview without an id or a digest.
     """
     if not (preview.id and preview.digest):
         raise ValueError("execute needs a preview that Relay answered: this one has no id or no digest")
     request = actions_pb2.ExecuteRequest(
-        preview_id=preview.id, digest=preview.digest, idempotency_key=idempotency_key, wait=wait
+        preview_id=preview.id,
+        digest=preview.digest,
+        idempotency_key=idempotency_key,
+        wait=wait,
+        validate_only=validate_only,
     )
     if timeout is None:
         timeout = DEADLINE + (wait.total_seconds() if wait else 0)
@@ -238,6 +311,76 @@ def list_attempts(execution_id: str, *, page_size: int = 0, timeout: float = DEA
     """The attempts of one execution, first to last."""
     request = actions_pb2.ListAttemptsRequest(execution_id=execution_id, page_size=page_size)
     return Page("ListAttempts", request, timeout, "attempts")
+
+
+def watch_execution(execution_id: str, *, timeout: float = WATCH_DEADLINE) -> Stream[actions_pb2.Execution]:
+    """The execution as it is and whenever it has changed, until it ends: one whose outcome is unknown goes on.
+
+    A watch that breaks off goes on by itself, with whatever has changed meanwhile; one that nobody answers from the
+    start raises Unavailable.
+    """
+    return Stream("WatchExecution", actions_pb2.WatchExecutionRequest(id=execution_id), timeout)
+
+
+def cancel_execution(execution_id: str, *, timeout: float = DEADLINE) -> Call[actions_pb2.Execution]:
+    """Stops further attempts of an execution; one that is under way may yet succeed: look at `state`.
+
+    Never repeated by the client: the second time, it could find the execution ended.
+    """
+    return Call("CancelExecution", actions_pb2.CancelExecutionRequest(id=execution_id), timeout)
+
+
+def resend_execution(execution_id: str, *, timeout: float = DEADLINE) -> Call[actions_pb2.Execution]:
+    """Delivers an ended execution once more, under the same webhook-id and with all its attempts anew.
+
+    Never repeated by the client, which could deliver it a third time: after an Unavailable or DeadlineExceeded, look at
+    the `resend_count` of get_execution first.
+    """
+    return Call("ResendExecution", actions_pb2.ResendExecutionRequest(id=execution_id), timeout)
+
+
+def reconcile_execution(
+    execution_id: str, state: actions_pb2.ExecutionState, reason: str, *, timeout: float = DEADLINE
+) -> Call[actions_pb2.Execution]:
+    """Settles an execution whose outcome is unknown.
+
+    state: what happened, EXECUTION_STATE_SUCCESS or EXECUTION_STATE_FAILED. reason: how that is known, 1 to 512
+    characters, kept in the audit log. Never repeated by the client: the second time, it would find it settled.
+    """
+    request = actions_pb2.ReconcileExecutionRequest(id=execution_id, state=state, reason=reason)
+    return Call("ReconcileExecution", request, timeout)
+
+
+def recover_executions(
+    start_time: datetime,
+    *,
+    end_time: datetime | None = None,
+    connection_id: str = "",
+    validate_only: bool = False,
+    timeout: float = DEADLINE,
+) -> Call[actions_pb2.Recovery]:
+    """Begins to deliver again whatever failed of what was made from start_time on and before end_time (None: now).
+
+    connection_id: empty for all of them. validate_only: only counts; the answer has no id. get_recovery tells how far
+    it is. Never repeated by the client: after an Unavailable or DeadlineExceeded, count again to see what is left.
+    """
+    request = actions_pb2.RecoverExecutionsRequest(
+        start_time=_aware(start_time),
+        end_time=_aware(end_time),
+        connection_id=connection_id,
+        validate_only=validate_only,
+    )
+    return Call("RecoverExecutions", request, timeout)
+
+
+def get_recovery(recovery_id: str, *, timeout: float = DEADLINE) -> Call[actions_pb2.Recovery]:
+    """How far a recovery is: it goes on as long as it has no `end_time`."""
+    return Call("GetRecovery", actions_pb2.GetRecoveryRequest(id=recovery_id), timeout)
+
+
+def cancel_recovery(recovery_id: str, *, timeout: float = DEADLINE) -> Call[actions_pb2.Recovery]:
+    """Stops a recovery where it is; what it has handed over goes on."""
+    return Call("CancelRecovery", actions_pb2.CancelRecoveryRequest(id=recovery_id), timeout)
 
 
 # AuditService

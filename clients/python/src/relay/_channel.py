@@ -13,9 +13,9 @@ _CREDENTIAL = re.compile(r"[!-~]+")
 _WORKSPACE = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
 # Reads, and what is safe to repeat: a second Preview is only another preview, Execute is recognised by its idempotency
-# key (the preview's id where none is given), and revoking twice is revoking once. What creates is not among them, nor
-# what would not find the second time what it took away the first time, nor AssignRole, which could undo what somebody
-# else did in between.
+# key (the preview's id where none is given), and revoking or stopping twice is doing it once. What creates is not among
+# them, nor ResendExecution, nor what would not find the second time what it took away or settled the first time, nor
+# AssignRole, which could undo what somebody else did in between. A watch that had begun is resumed by `_call.Stream`.
 REPEATABLE = {
     "relay.v1.AuthService": (
         "WhoAmI",
@@ -35,6 +35,9 @@ REPEATABLE = {
         "GetExecution",
         "ListExecutions",
         "ListAttempts",
+        "WatchExecution",
+        "GetRecovery",
+        "CancelRecovery",
     ),
     "relay.v1.AuditService": ("ListEvents",),
 }

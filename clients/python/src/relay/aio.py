@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import Message
 
 from relay import _calls, _channel
-from relay._call import DEADLINE, Answer, Call, Item, Page
+from relay._call import DEADLINE, Answer, Call, Item, Page, Stream
 from relay.errors import from_rpc_error
 from relay.v1 import actions_pb2_grpc, audit_pb2_grpc, auth_pb2_grpc, connections_pb2_grpc
 
@@ -119,6 +119,32 @@ class Service:
 
         return method
 
+    def _streamed(self, describe: Callable[Parameters, Stream[Item]]) -> Callable[Parameters, AsyncIterator[Item]]:
+        @functools.wraps(describe)
+        async def method(*args: Parameters.args, **kwargs: Parameters.kwargs) -> AsyncIterator[Item]:
+            stream = describe(*args, **kwargs)
+            send: Callable[..., Any] = getattr(self.stub, stream.method)
+            deadline = time.monotonic() + stream.timeout
+            newest: Item | None = None
+            while True:
+                answers = send(stream.request, timeout=deadline - time.monotonic(), metadata=self._caller())
+                try:
+                    async for answer in answers:
+                        if answer != newest:  # a resumed stream begins with what may be known
+                            newest = answer
+                            yield answer
+                    return
+                except grpc.RpcError as failure:
+                    error = from_rpc_error(failure)
+                    pause = None if newest is None else stream.pause(error, deadline - time.monotonic())
+                    if pause is None:
+                        raise error from failure
+                finally:
+                    answers.cancel()  # for whoever stopped listening
+                await asyncio.sleep(pause)
+
+        return method
+
 
 class Auth(Service):
     """AuthService."""
@@ -148,6 +174,9 @@ class Connections(Service):
         self.create_webhook = self._unary(_calls.create_webhook)
         self.get = self._unary(_calls.get_connection)
         self.list = self._paged(_calls.list_connections)
+        self.update = self._unary(_calls.update_connection)
+        self.delete = self._unary(_calls.delete_connection)
+        self.rotate_secret = self._unary(_calls.rotate_secret)
 
 
 class Actions(Service):
@@ -162,6 +191,13 @@ class Actions(Service):
         self.get_execution = self._unary(_calls.get_execution)
         self.list_executions = self._paged(_calls.list_executions)
         self.list_attempts = self._paged(_calls.list_attempts)
+        self.watch_execution = self._streamed(_calls.watch_execution)
+        self.cancel_execution = self._unary(_calls.cancel_execution)
+        self.resend_execution = self._unary(_calls.resend_execution)
+        self.reconcile_execution = self._unary(_calls.reconcile_execution)
+        self.recover_executions = self._unary(_calls.recover_executions)
+        self.get_recovery = self._unary(_calls.get_recovery)
+        self.cancel_recovery = self._unary(_calls.cancel_recovery)
 
 
 class Audit(Service):
