@@ -22,7 +22,8 @@ test-stack: .venv/dev ## run what needs Linux and Debian packages
 	@tests/stack/install-packages
 	@$(BIN)/python -m pytest -m stack
 
-test-long: .venv/dev ## run the tests that have larger counts with them, and print their figures
+test-long: .venv/dev ## run the tests that have larger counts with them, and print their figures; as test-stack
+	@tests/stack/install-packages
 	@$(BIN)/python -m pytest -m long --long --timeout 3600
 
 lint: .venv/dev ## check style, types, floors, protos and generated code

@@ -10,7 +10,7 @@ from tests.harness import running, settings_for
 
 
 async def main(folder: Path, url: str) -> None:
-    async with running(url, settings_for(folder, RELAY_SWEEP_INTERVAL="1")) as relay:
+    async with running(url, settings_for(folder, RELAY_SWEEP_INTERVAL="1", RELAY_CONNECTION_CONCURRENCY="64")) as relay:
         print(relay.app.listen, relay.tenant.admin, flush=True)
         await asyncio.to_thread(sys.stdin.read)
 

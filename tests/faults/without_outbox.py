@@ -1,6 +1,6 @@
 """`relay` with a seeded defect: executions are recorded as done at once, and their deliveries wait in memory.
 
-A crash loses what waits. The crash test must see that, or it proves nothing.
+A crash loses what waits.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ memory: list[asyncio.Task[None]] = []
 
 
 class WithoutOutbox(Dispatcher):
-    def _start(self, row: Any) -> None:
+    def _start(self, row: Any, leased_at: float) -> None:
         memory.append(asyncio.create_task(self._deliver_later(row)))
 
     async def _deliver_later(self, row: Any) -> None:
@@ -28,7 +28,7 @@ class WithoutOutbox(Dispatcher):
                 row["id"],
             )
         await asyncio.sleep(MEMORY_SECONDS)
-        await self._attempt(row)
+        await self._attempts.make(row)
 
 
 app.Dispatcher = WithoutOutbox  # type: ignore[misc]
