@@ -19,6 +19,11 @@ EXECUTION = """
     e.cancel_requested_at, e.resend_count, e.revision
 """
 ATTEMPT = "a.number, a.started_at, a.finished_at, a.outcome, a.status_code, a.response_excerpt, a.error"
+# What makes an execution e that has ended due now, with all its attempts anew.
+RESENT = """
+    status = 'pending', next_attempt_at = now(), completed_at = NULL, cancel_requested_at = NULL,
+    resend_count = e.resend_count + 1, attempts_before = e.attempt_count
+"""
 
 
 async def get(connection: "Connection", workspace_id: UUID, id_: UUID) -> asyncpg.Record | None:
@@ -113,12 +118,7 @@ async def cancel(connection: "Connection", workspace_id: UUID, id_: UUID) -> asy
 async def resend(connection: "Connection", workspace_id: UUID, id_: UUID) -> asyncpg.Record:
     """Makes one that has ended due now, with all its attempts anew."""
     await connection.execute(
-        """
-        UPDATE action_executions
-           SET status = 'pending', next_attempt_at = now(), completed_at = NULL, cancel_requested_at = NULL,
-               resend_count = resend_count + 1, attempts_before = attempt_count
-         WHERE workspace_id = $1 AND id = $2
-        """,
+        f"UPDATE action_executions e SET {RESENT} WHERE workspace_id = $1 AND id = $2",  # noqa: S608  # ours
         workspace_id,
         id_,
     )

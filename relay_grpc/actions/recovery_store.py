@@ -12,6 +12,7 @@ from uuid import UUID
 
 import asyncpg
 
+from relay_grpc.actions.execution_store import RESENT
 from relay_grpc.audit import store
 from relay_grpc.audit.event import Event
 from relay_grpc.ids import first_uuid7
@@ -106,37 +107,7 @@ async def advance(connection: "Connection", id_: UUID, actions: Sequence[str]) -
         )
         if recovery is None:
             return None
-        batch = await connection.fetchrow(
-            """
-            WITH looked_at AS MATERIALIZED (
-              SELECT id, connection_id, action_type, completed_at FROM action_executions
-               WHERE workspace_id = $1 AND status = 'failed' AND id > $2 AND id < $3
-               ORDER BY id LIMIT $4
-            ), usable AS (
-              SELECT id FROM connections
-               WHERE workspace_id = $1 AND id IN (SELECT connection_id FROM looked_at)
-                 AND ($5::uuid IS NULL OR id = $5) AND enabled AND deleted_at IS NULL
-               ORDER BY id FOR KEY SHARE  -- so that none is deleted while executions of it come back to life
-            ), resent AS (
-              UPDATE action_executions e
-                 SET status = 'pending', next_attempt_at = now(), completed_at = NULL, cancel_requested_at = NULL,
-                     resend_count = e.resend_count + 1, attempts_before = e.attempt_count
-                FROM looked_at l JOIN usable u ON u.id = l.connection_id
-               WHERE e.id = l.id AND e.status = 'failed' AND e.completed_at <= $6 AND e.action_type = ANY($7)
-              RETURNING e.id
-            )
-            SELECT (SELECT count(*) FROM looked_at) AS looked_at, (SELECT count(*) FROM resent) AS resent,
-                   (SELECT id FROM looked_at ORDER BY id DESC LIMIT 1) AS last_id
-            """,
-            recovery["workspace_id"],
-            recovery["last_id"],
-            first_uuid7(recovery["end_time"]),
-            BATCH,
-            recovery["connection_id"],
-            recovery["created_at"],
-            actions,
-        )
-        assert batch is not None  # noqa: S101  # a SELECT without FROM has one row
+        batch = await _resend(connection, recovery, actions)
         advanced = await connection.fetchrow(
             """
             UPDATE recoveries SET recovered_count = recovered_count + $2, last_id = coalesce($3, last_id),
@@ -158,3 +129,37 @@ async def advance(connection: "Connection", id_: UUID, actions: Sequence[str]) -
             )
             await store.insert(connection, [ended])
     return advanced
+
+
+async def _resend(connection: "Connection", recovery: asyncpg.Record, actions: Sequence[str]) -> asyncpg.Record:
+    """The next batch of a recovery: how many executions were looked_at and resent, and the last_id."""
+    batch = await connection.fetchrow(
+        f"""
+        WITH looked_at AS MATERIALIZED (
+          SELECT id, connection_id, action_type, completed_at FROM action_executions
+           WHERE workspace_id = $1 AND status = 'failed' AND id > $2 AND id < $3
+           ORDER BY id LIMIT $4
+        ), usable AS (
+          SELECT id FROM connections
+           WHERE workspace_id = $1 AND id IN (SELECT connection_id FROM looked_at)
+             AND ($5::uuid IS NULL OR id = $5) AND enabled AND deleted_at IS NULL
+           ORDER BY id FOR KEY SHARE  -- so that none is deleted while executions of it come back to life
+        ), resent AS (
+          UPDATE action_executions e SET {RESENT}
+            FROM looked_at l JOIN usable u ON u.id = l.connection_id
+           WHERE e.id = l.id AND e.status = 'failed' AND e.completed_at <= $6 AND e.action_type = ANY($7)
+          RETURNING e.id
+        )
+        SELECT (SELECT count(*) FROM looked_at) AS looked_at, (SELECT count(*) FROM resent) AS resent,
+               (SELECT id FROM looked_at ORDER BY id DESC LIMIT 1) AS last_id
+        """,  # noqa: S608  # the names are ours
+        recovery["workspace_id"],
+        recovery["last_id"],
+        first_uuid7(recovery["end_time"]),
+        BATCH,
+        recovery["connection_id"],
+        recovery["created_at"],
+        actions,
+    )
+    assert batch is not None  # noqa: S101  # a SELECT without FROM has one row
+    return batch
