@@ -330,7 +330,8 @@ def test_only_a_server_that_says_where_it_is_runs_in_a_folder(tmp_path):
 
 
 def test_ctrl_c_reaches_the_owner_alone(folder):
-    handler = "import signal; signal.signal(signal.SIGINT, lambda *_: print('interrupted', flush=True))\n"
+    # os.write: print may be under way when the signal comes
+    handler = "import os, signal; signal.signal(signal.SIGINT, lambda *_: os.write(1, b'interrupted\\n'))\n"
     owner = Owner(folder, handler + OWNER, start_new_session=True)
     server = server_of(folder)
     os.killpg(owner.pid, signal.SIGINT)
