@@ -63,7 +63,7 @@ class Relay:
         self.audit = Audit(channel, caller)
 
     async def close(self) -> None:
-        """Closes the channel; calls under way end as Cancelled."""
+        """Closes the channel; whoever awaits a call under way gets an asyncio.CancelledError."""
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
