@@ -1,4 +1,7 @@
-"""Alembic's environment: runs the revisions of versions/ on one asyncpg connection, one migrator at a time."""
+"""Alembic's environment: runs the revisions of versions/ on one asyncpg connection, one migrator at a time.
+
+In the end the audit log has the partitions that it needs, whichever revision the database was at.
+"""
 
 import asyncio
 
@@ -17,6 +20,9 @@ def run(connection: Connection) -> None:
     connection.execute(text("SET LOCAL lock_timeout = '5s'"))
     context.configure(connection=connection, transactional_ddl=True)
     context.run_migrations()
+    if connection.scalar(text("SELECT to_regproc('relay_make_audit_partitions')")):
+        connection.execute(text("SET LOCAL ROLE relay_owner"))
+        connection.execute(text("SELECT relay_make_audit_partitions()"))
 
 
 async def main() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
 from typing import Any
 
 from relay_grpc.actions.attempts import Attempts
@@ -24,8 +25,15 @@ from relay_grpc.actions.service import ActionsService
 from relay_grpc.actions.sweeper import Sweeper
 from relay_grpc.actions.upkeep import Upkeep
 from relay_grpc.actions.watching import Watching
+from relay_grpc.audit.checkpoint import Signer
+from relay_grpc.audit.checkpoint_places import Folder, Place, Receiver
+from relay_grpc.audit.exporting import Exporting
+from relay_grpc.audit.growth import Growth
+from relay_grpc.audit.proving import Proving
 from relay_grpc.audit.recorder import Recorder
 from relay_grpc.audit.service import AuditService
+from relay_grpc.audit.tailing import Tailing
+from relay_grpc.audit.upkeep import Upkeep as AuditUpkeep
 from relay_grpc.auth.changes import Changes
 from relay_grpc.auth.oidc import TokenVerifier
 from relay_grpc.auth.roles import Roles
@@ -92,7 +100,10 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
 
         layers = _layers(settings, tracer, metrics, recorder, callers, limiter)
         rpcs = methods()
-        servicers = _servicers(settings, db, recorder, callers, vault, deliveries, rpcs)
+        signer = Signer({key.id: key.key for key in settings.audit_keys}, settings.audit_old_keys)
+        growth = Growth(db)
+        stack.push_async_callback(growth.stop)
+        servicers = _servicers(settings, db, recorder, callers, vault, deliveries, growth, signer, rpcs)
         transport = Transport(settings, rpcs, servicers, layers)
         stopping = asyncio.Event()
 
@@ -105,6 +116,7 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
             started = time.monotonic()
             await deliveries.sweeper.stop()
             await deliveries.dispatcher.watching.stop()
+            await growth.stop()
             await transport.stop(settings.shutdown_grace)
             await deliveries.dispatcher.stop(max(0.0, settings.shutdown_grace - (time.monotonic() - started)))
 
@@ -114,6 +126,9 @@ async def serving(settings: Settings, database_url: str) -> AsyncIterator[App]:
         upkeep = Upkeep(db, metrics, retention=timedelta(hours=settings.execution_retention))
         upkeep.start()
         stack.push_async_callback(upkeep.stop)
+        audit_upkeep = AuditUpkeep(db, signer, _checkpoint_place(stack, settings), metrics)
+        audit_upkeep.start()
+        stack.push_async_callback(audit_upkeep.stop)
         keeping = asyncio.create_task(housekeeping(db, callers.tokens, callers.keys, recorder, transport))
         stack.callback(keeping.cancel)
         yield App(
@@ -186,6 +201,13 @@ def _deliveries(
     return _Deliveries(webhooks, providers, dispatcher, sweeper)
 
 
+def _checkpoint_place(stack: AsyncExitStack, settings: Settings) -> Place | None:
+    if settings.audit_checkpoints is None:
+        return None
+    place = settings.audit_checkpoints.get_secret_value()  # the operator's own, as issuers are
+    return Receiver(place, _egress(stack, settings, ANYWHERE)) if "://" in place else Folder(Path(place))
+
+
 def _servicers(
     settings: Settings,
     db: Database,
@@ -193,6 +215,8 @@ def _servicers(
     callers: _Callers,
     vault: Vault,
     deliveries: _Deliveries,
+    growth: Growth,
+    signer: Signer,
     rpcs: Mapping[str, Method],
 ) -> Mapping[str, Sequence[Servicer]]:
     """What answers, by service."""
@@ -209,7 +233,7 @@ def _servicers(
             Executions(db, recorder, deliveries.dispatcher, frozenset(provider.name for provider in runs)),
             Recoveries(db, recorder, enabled=settings.actions_are_enabled),
         ),
-        "AuditService": (AuditService(db),),
+        "AuditService": (AuditService(db), Exporting(db), Tailing(db, recorder, growth), Proving(db, signer)),
     }
 
 

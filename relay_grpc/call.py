@@ -8,6 +8,7 @@ from uuid import UUID
 
 from google.rpc import status_pb2
 
+from relay_grpc.ids import uuid7
 from relay_grpc.principal import Principal
 
 
@@ -44,9 +45,11 @@ class Call:
     """The state of one RPC. The layers fill it from the outside in; servicers read it and never see the transport.
 
     deadline: on time.monotonic(), infinite where the caller set none. send: writes a message of a streaming answer.
-    code, failure: how it ended. target: what it was about, where its own transaction does not tell the audit log.
-    recorded: its audit event is committed. trailing: metadata for the answer. named_workspace: the one that the caller
-    says it means; None: it says nothing. recheck: raises as the layers do where a stream's caller may no longer call.
+    request: its bytes, and from validation on its message. code, failure: how it ended. target, idempotency_key_hash:
+    what it was about, where its own transaction does not tell the audit log. recorded: its audit event is committed.
+    trailing: metadata for the answer. named_workspace: the one that the caller says it means; None: it says nothing.
+    proven: who calls, where they may not: the key has ended, or the user has no role. recheck: raises as the layers do
+    where a stream's caller may no longer call.
     """
 
     method: Method
@@ -55,17 +58,21 @@ class Call:
     request_id: str
     deadline: float
     send: Callable[[Any], Awaitable[None]]
+    request: Any = b""
     started: float = field(default_factory=time.monotonic)
     trace_id: str = ""
     traceparent: str = ""
     code: str = "OK"
     failure: status_pb2.Status | None = None
     target: str = ""
+    idempotency_key_hash: str = ""
     recorded: bool = False
     trailing: dict[str, str] = field(default_factory=dict)
     named_workspace: UUID | None = None
+    proven: Principal | None = None
     recheck: Callable[[], Awaitable[None]] = _nobody
     _principal: Principal | None = None
+    _event_id: UUID | None = None
 
     @property
     def principal(self) -> Principal:
@@ -85,6 +92,13 @@ class Call:
     @property
     def workspace_id(self) -> UUID:
         return self.principal.workspace_id
+
+    @property
+    def event_id(self) -> UUID:
+        """Of whatever event tells of this call, made when the first one does; Postgres keeps one, whoever writes it."""
+        if self._event_id is None:
+            self._event_id = uuid7()
+        return self._event_id
 
     def time_remaining(self) -> float:
         """Seconds until the caller's deadline; infinite where there is none."""

@@ -16,6 +16,7 @@ from relay_grpc.settings import Settings
 
 KEY_MATERIAL = "key-material.env"
 CREDENTIALS = "credentials.env"
+CHECKPOINTS = "checkpoints"  # the audit log's, outside the database
 POSTGRES = "postgres"  # the folder of the embedded server
 
 
@@ -25,6 +26,7 @@ def new_key_material() -> dict[str, str]:
         "RELAY_ENCRYPTION_KEYS": _named_key(),
         "RELAY_KEY_PEPPERS": _named_key(),
         "RELAY_HASH_KEY": secrets.token_urlsafe(32),
+        "RELAY_AUDIT_KEYS": _named_key(),
     }
 
 
@@ -47,11 +49,11 @@ def with_key_material(settings: Settings) -> Settings:
         if kept is None:
             kept = new_key_material()
             write(path, kept)
-        elif "RELAY_KEY_PEPPERS" not in kept:  # the folder is older than peppers; a new one costs a hash per key
-            kept["RELAY_KEY_PEPPERS"] = new_key_material()["RELAY_KEY_PEPPERS"]
+        elif missing := {"RELAY_KEY_PEPPERS", "RELAY_AUDIT_KEYS"} - kept.keys():  # the folder is older than these
+            kept |= {name: value for name, value in new_key_material().items() if name in missing}
             write(path, kept)
         encryption_key, hash_key = NamedKey.parse(kept["RELAY_ENCRYPTION_KEYS"]), kept["RELAY_HASH_KEY"]
-        pepper = NamedKey.parse(kept["RELAY_KEY_PEPPERS"])
+        pepper, audit_key = NamedKey.parse(kept["RELAY_KEY_PEPPERS"]), NamedKey.parse(kept["RELAY_AUDIT_KEYS"])
     except OSError as error:
         raise DataFolderError(f"can't use {error.filename or path}: {error.strerror}") from error
     except (KeyError, ValueError) as error:
@@ -61,6 +63,8 @@ def with_key_material(settings: Settings) -> Settings:
             "encryption_keys": settings.encryption_keys or (encryption_key,),
             "key_peppers": settings.key_peppers or (pepper,),
             "hash_key": settings.hash_key or SecretStr(hash_key),
+            "audit_keys": settings.audit_keys or (audit_key,),
+            "audit_checkpoints": settings.audit_checkpoints or SecretStr(str(settings.data_dir / CHECKPOINTS)),
         }
     )
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
 
 APP, WORKER, OWNER = "relay_app", "relay_worker", "relay_owner"
-SCHEMA_REVISION = "0003"
+SCHEMA_REVISION = "0004"
 CONNECTIONS = 10  # for requests
 WORKER_CONNECTIONS = 8  # two are kept by group commits; retention and recoveries must not hold up the sweeper
 # Its statements all go by an index. What Postgres takes for cheaper where it has no statistics yet (after a restore, or
@@ -238,7 +238,9 @@ async def _check(connection: "Connection", *, production: bool) -> None:
                current_setting('server_version_num')::int AS version,
                current_setting('synchronous_commit') AS synchronous_commit,
                rolsuper OR rolbypassrls AS unbound,
-               pg_has_role(current_user, $1, 'USAGE') AS owner,
+               pg_has_role(current_user, $1, 'USAGE') OR EXISTS (
+                 SELECT FROM pg_class WHERE relnamespace = 'public'::regnamespace AND pg_has_role(relowner, 'USAGE')
+               ) AS owner,  -- of anything: a dump restored with --no-owner gives it all to whoever restores it
                to_regclass('alembic_version') IS NOT NULL AS migrated
           FROM pg_roles WHERE rolname = current_user
         """,
@@ -249,7 +251,8 @@ async def _check(connection: "Connection", *, production: bool) -> None:
         raise DatabaseUnusable("Relay needs PostgreSQL 15 or later")
     if row["unbound"] or row["owner"]:
         raise DatabaseUnusable(
-            f"the role {row['role']} can bypass row level security: take SUPERUSER, BYPASSRLS, {OWNER} away"
+            f"the role {row['role']} can bypass row level security: take SUPERUSER, BYPASSRLS, {OWNER} and what it "
+            f"owns away; {OWNER} alone owns tables"
         )
     if production and row["synchronous_commit"] == "off":
         raise DatabaseUnusable("synchronous_commit is off: an answered Execute could be lost; set it to on")

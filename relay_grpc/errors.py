@@ -7,9 +7,12 @@ Every class names the google.rpc.Code it stands for, and each instance one relay
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from relay.v1 import errors_pb2
+
+if TYPE_CHECKING:
+    from relay_grpc.principal import Principal
 
 MAX_VIOLATIONS = 10
 MAX_TEXT = 160  # characters
@@ -21,11 +24,13 @@ class RelayError(Exception):
     reason: a relay.v1.ErrorReason without its prefix, such as "PREVIEW_EXPIRED".
     metadata: string pairs for google.rpc.ErrorInfo.
     retry_after: seconds until a retry can succeed, for google.rpc.RetryInfo.
+    principal: who was proven to call and may not, for the audit log: no caller is told.
     """
 
     code: ClassVar[str]
     reason: str
     retry_after: float | None = None
+    principal: "Principal | None" = None
 
     def __init__(
         self,
@@ -62,7 +67,8 @@ class Unauthenticated(RelayError):
     code = "UNAUTHENTICATED"
     reason = "CREDENTIALS_INVALID"
 
-    def __init__(self) -> None:
+    def __init__(self, principal: "Principal | None" = None) -> None:
+        self.principal = principal
         super().__init__(
             "no valid credential: send the metadata 'authorization: Bearer KEY-OR-TOKEN' or 'x-api-key: KEY'"
         )
@@ -108,6 +114,21 @@ class FailedPrecondition(RelayError):
     """The request is right and the state it needs is not there. Name the reason."""
 
     code = "FAILED_PRECONDITION"
+
+
+class NotLoggedYet(RelayError):
+    """What was asked for is not in a signed audit log yet."""
+
+    code = "UNAVAILABLE"
+    reason = "NOT_LOGGED_YET"
+    retry_after = 1.0
+
+
+class LogDamaged(RelayError):
+    """The audit log is not what was signed."""
+
+    code = "DATA_LOSS"
+    reason = "LOG_DAMAGED"
 
 
 class Contention(RelayError):

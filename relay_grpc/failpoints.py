@@ -9,7 +9,6 @@ import signal
 from typing import Final
 
 POINTS: Final = (
-    "preview.committed",  # and not answered
     "execute.uncommitted",  # asked for, and not written
     "execute.committed",  # and neither answered nor begun
     "attempt.claimed",  # and not connected
@@ -21,7 +20,9 @@ POINTS: Final = (
     "retry.scheduling",  # the attempt failed, and that is not written
     "rescue.midway",  # some of the attempts whose worker is gone are ended, the others not
     "audit.appending",  # the change is made, its event is not, nothing is committed
+    "audit.committed",  # both are committed, and the call is not answered
     "secret.rotating",  # the new one is there, the old ones have no end yet, nothing is committed
+    "erasure.midway",  # values of a batch are erased, its event is not written, nothing is committed
     "migration.midway",  # some statements of a revision ran, nothing is committed
 )
 

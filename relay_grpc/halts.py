@@ -12,7 +12,7 @@ from uuid import UUID
 import asyncpg
 
 from relay_grpc.audit.event import SYSTEM_WORKSPACE
-from relay_grpc.owner import as_owner, record
+from relay_grpc.owner import UnknownWorkspace, as_owner, find_workspace, record
 
 if TYPE_CHECKING:
     from relay_grpc.db import Connection
@@ -26,10 +26,6 @@ class Halt:
     provider: str
     reason: str
     since: datetime
-
-
-class UnknownWorkspace(Exception):
-    """No workspace has this name."""
 
 
 async def halts(url: str) -> list[Halt]:
@@ -60,7 +56,7 @@ async def halt(url: str, workspace: str | None, provider: str, reason: str) -> l
             "operator.Halt",
             f"workspaces/{workspace_id}",
             provider=provider,
-            reason=reason,
+            note=reason,
         )
         return await _list(connection)
 
@@ -83,10 +79,8 @@ async def resume(url: str, workspace: str | None, provider: str) -> tuple[bool, 
 async def _find(connection: "Connection", workspace: str | None) -> UUID:
     if workspace is None:
         return SYSTEM_WORKSPACE
-    found: UUID | None = await connection.fetchval(
-        "SELECT id FROM workspaces WHERE name = $1 AND id <> $2", workspace, SYSTEM_WORKSPACE
-    )
-    if found is None:
+    found = await find_workspace(connection, workspace)
+    if found == SYSTEM_WORKSPACE:
         raise UnknownWorkspace(workspace)
     return found
 

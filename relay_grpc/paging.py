@@ -44,8 +44,7 @@ class Page(Generic[Cursor]):
         """
         token = ""
         if len(rows) > self.size:
-            last = str(rows[self.size - 1][cursor]).encode()
-            token = base64.urlsafe_b64encode(self.seal + last).decode()
+            token = sealed(self.seal, rows[self.size - 1][cursor])
         return kind(**{items: map(message, rows[: self.size])}, next_page_token=token)
 
 
@@ -59,17 +58,31 @@ def page_of(request: Any, call: Call, parse: Callable[[str], Cursor]) -> Page[Cu
     question.CopyFrom(request)
     question.ClearField("page_size")
     question.ClearField("page_token")
-    seal = hashlib.blake2b(
-        f"{call.method.name}\n{call.workspace_id}\n".encode() + question.SerializeToString(deterministic=True),
-        digest_size=_SEAL_BYTES,
-    ).digest()
+    seal = seal_of(call, question.SerializeToString(deterministic=True))
     cursor = None
     if request.page_token:
         try:
-            token = base64.urlsafe_b64decode(request.page_token)
-            cursor = parse(token[_SEAL_BYTES:].decode("ascii"))
+            cursor = unsealed(seal, request.page_token, parse)
         except ValueError:
-            token = b""
-        if token[:_SEAL_BYTES] != seal:
-            raise errors.InvalidRequest([("page_token", "is not one that this listing gave with these filters")])
+            problem = "is not one that this listing gave with these filters"
+            raise errors.InvalidRequest([("page_token", problem)]) from None
     return Page(min(request.page_size, MAX_SIZE) or DEFAULT_SIZE, cursor, seal)
+
+
+def seal_of(call: Call, question: bytes = b"") -> bytes:
+    """What tells apart the tokens of different workspaces, methods and questions."""
+    text = f"{call.method.name}\n{call.workspace_id}\n".encode() + question
+    return hashlib.blake2b(text, digest_size=_SEAL_BYTES).digest()
+
+
+def sealed(seal: bytes, cursor: object) -> str:
+    """The token that holds this cursor's text."""
+    return base64.urlsafe_b64encode(seal + str(cursor).encode()).decode()
+
+
+def unsealed(seal: bytes, token: str, parse: Callable[[str], Cursor]) -> Cursor:
+    """The cursor of a token that has this seal. Raises ValueError."""
+    content = base64.urlsafe_b64decode(token)
+    if content[:_SEAL_BYTES] != seal:
+        raise ValueError("this token was given to another question")
+    return parse(content[_SEAL_BYTES:].decode("ascii"))

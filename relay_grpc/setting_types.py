@@ -7,6 +7,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from relay.proofs import ProofError, VerifierKey
 
 from relay_grpc import failpoints
 
@@ -84,6 +85,13 @@ class NamedKey(BaseModel):
         return cls(id=id_, key=key)
 
 
+def _audit_key(text: Any) -> Any:
+    key = NamedKey.parse(text)
+    if "+" in key.id or any(map(str.isspace, key.id)):
+        raise ValueError('an id names its key in checkpoints, so it has no spaces and no "+" (C2SP signed-note)')
+    return key
+
+
 _ISSUER = re.compile(
     r"(?P<url>https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:/(?:(?![?#\\])[!-~])*)?)\s+(?P<audience>[!-~]+)",
     re.ASCII,
@@ -111,6 +119,23 @@ class OidcIssuer(BaseModel):
         return cls(**match.groupdict())
 
 
+def _verifier_key(text: Any) -> Any:
+    try:
+        return VerifierKey.parse(str(text))
+    except ProofError as error:
+        raise ValueError(str(error)) from None
+
+
+_CHECKPOINT_URL = re.compile(r"https?://[^@/?#\s]+([/?][^#\s]*)?")
+
+
+def _checkpoint_place(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if "://" in text and not _CHECKPOINT_URL.fullmatch(text):
+        raise ValueError("should be a folder, or an https:// URL without user and fragment")
+    return value
+
+
 def _failpoint(value: Any) -> Any:
     point, colon, nth = str(value).rpartition(":")
     if not colon or point not in failpoints.POINTS or not nth.isdecimal() or int(nth) < 1:
@@ -124,6 +149,9 @@ SigningSecret = Annotated[SecretStr, AfterValidator(_signing_secret)]
 Listen = Annotated[Address, BeforeValidator(Address.parse)]
 Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], BeforeValidator(_split)]
 NamedKeys = Annotated[tuple[Annotated[NamedKey, BeforeValidator(NamedKey.parse)], ...], BeforeValidator(_split)]
+AuditKeys = Annotated[tuple[Annotated[NamedKey, BeforeValidator(_audit_key)], ...], BeforeValidator(_split)]
 Issuers = Annotated[tuple[Annotated[OidcIssuer, BeforeValidator(OidcIssuer.parse)], ...], BeforeValidator(_split)]
 HashKey = Annotated[SecretStr, Field(min_length=32)]
+VerifierKeys = Annotated[tuple[Annotated[VerifierKey, BeforeValidator(_verifier_key)], ...], BeforeValidator(_split)]
+CheckpointPlace = Annotated[SecretStr, AfterValidator(_checkpoint_place)]
 Failpoint = Annotated[tuple[str, int], BeforeValidator(_failpoint)]

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from relay_grpc.setting_types import (
     Address,
+    AuditKeys,
+    CheckpointPlace,
     Failpoint,
     HashKey,
     Issuers,
@@ -23,6 +25,7 @@ from relay_grpc.setting_types import (
     PostgresUrl,
     RedisUrl,
     SigningSecret,
+    VerifierKeys,
 )
 
 MOST_CALLS, MOST_EXECUTIONS = 10_000_000, 1_000_000  # that a limit can be, in units a minute
@@ -158,6 +161,24 @@ class Settings(BaseModel):
         description="Keys the hashes in audit events: 32 characters or more. "
         "Unset in development: made once, in the data folder.",
     )
+    audit_keys: AuditKeys = Field(
+        (),
+        alias="RELAY_AUDIT_KEYS",
+        description="Sign the audit log's checkpoints: ID:BASE64 (an Ed25519 seed of 32 bytes), by comma; all of them "
+        "sign. Unset in development: made once, in the data folder.",
+    )
+    audit_old_keys: VerifierKeys = Field(
+        (),
+        alias="RELAY_AUDIT_OLD_KEYS",
+        description="Public keys of audit keys that were lost, as `relay audit keys` printed them, by comma: the logs "
+        "that they signed last go on.",
+    )
+    audit_checkpoints: CheckpointPlace | None = Field(
+        None,
+        alias="RELAY_AUDIT_CHECKPOINTS",
+        description="Where checkpoints are kept outside the database: a folder, or an https:// URL that takes them by "
+        "POST. Unset in development: a folder in the data folder; in production: nowhere, which it warns of.",
+    )
     attempt_timeout: float = Field(
         15.0, alias="RELAY_ATTEMPT_TIMEOUT", ge=0.1, le=30, description="Seconds that one delivery may take in all."
     )
@@ -232,7 +253,11 @@ class Settings(BaseModel):
         problems = []
         if bool(self.webhook_url) != bool(self.actions_signing_secret):
             problems.append("WEBHOOK_URL and ACTIONS_SIGNING_SECRET: set both or neither")
-        for name, keys in (("RELAY_ENCRYPTION_KEYS", self.encryption_keys), ("RELAY_KEY_PEPPERS", self.key_peppers)):
+        for name, keys in (
+            ("RELAY_ENCRYPTION_KEYS", self.encryption_keys),
+            ("RELAY_KEY_PEPPERS", self.key_peppers),
+            ("RELAY_AUDIT_KEYS", self.audit_keys),
+        ):
             if len({key.id for key in keys}) < len(keys):
                 problems.append(f"{name}: two keys have the same id")
         if len({issuer.url for issuer in self.oidc_issuers}) < len(self.oidc_issuers):
@@ -266,6 +291,10 @@ class Settings(BaseModel):
             problems.append("RELAY_ENCRYPTION_KEYS: production needs one; `relay keygen` makes it")
         if not self.key_peppers:
             problems.append("RELAY_KEY_PEPPERS: production needs one; `relay keygen` makes it")
+        if not self.audit_keys:
+            problems.append("RELAY_AUDIT_KEYS: production needs one; `relay keygen` makes it")
+        if self.audit_checkpoints and self.audit_checkpoints.get_secret_value().startswith("http://"):
+            problems.append("RELAY_AUDIT_CHECKPOINTS: production pushes to https:// alone")
         if any(not issuer.url.startswith("https://") for issuer in self.oidc_issuers):
             problems.append("RELAY_OIDC_ISSUERS: production trusts https:// alone")
         if any(network.prefixlen == 0 for network in self.trusted_proxies):

@@ -43,6 +43,7 @@ from prometheus_client import (
 # Seconds. Prometheus's own edges, and 1.2: the objective for actions (p95 under 1.2 s) is read from that edge.
 RPC_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 1.2, 2.5, 5, 10)
 ACTION_BUCKETS = (*RPC_BUCKETS, 30)
+INTEGRATION_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300)
 GROUP_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 EXPORT_SECONDS = 3.0  # for one batch of spans, retries included
@@ -130,6 +131,32 @@ class Metrics:
             "1 while changes of keys, roles and limits are heard of at once, 0 while they take effect within seconds.",
         )
         self.audit_events = counter("relay_audit_events_total", "Audit events, by what became of them.", "outcome")
+        self.audit_integration = histogram(
+            "relay_audit_integration_seconds", "Time from an event to its place in the log.", INTEGRATION_BUCKETS
+        )
+        self.audit_oldest_pending = gauge(
+            "relay_audit_oldest_pending_seconds", "How long the event that waits longest for its place has waited."
+        )
+        self.audit_damaged_logs = gauge(
+            "relay_audit_damaged_logs", "Audit logs that this process can't extend, because they are damaged."
+        )
+        self.audit_unpublished = gauge(
+            "relay_audit_unpublished_seconds",
+            "Time since every log's newest checkpoint was published outside the database.",
+        )
+        self.audit_publish_failures = counter(
+            "relay_audit_publish_failures_total", "Checkpoints that could not be published; they are tried again."
+        )
+        self.audit_contradicted_logs = gauge(
+            "relay_audit_contradicted_logs",
+            "Audit logs that don't continue what was published of them: tampering, or a restored backup.",
+        )
+        self.audit_default_events = gauge(
+            "relay_audit_default_events", "Events in the DEFAULT partition: of months that have none of their own."
+        )
+        self.audit_partition_failures = counter(
+            "relay_audit_partition_failures_total", "Times that the partitions of the coming months could not be made."
+        )
         self.group_commit_size = histogram(
             "relay_group_commit_size", "Writes in one group commit.", GROUP_BUCKETS, "queue"
         )

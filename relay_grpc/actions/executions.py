@@ -12,6 +12,7 @@ from relay_grpc.actions import execution_store, messages, refusals, store
 from relay_grpc.actions.catalogue import find
 from relay_grpc.actions.dispatcher import Dispatcher
 from relay_grpc.actions.execution import ENDED, Delivery, State
+from relay_grpc.audit import reading
 from relay_grpc.audit.event import Event
 from relay_grpc.audit.recorder import Recorder
 from relay_grpc.call import Call
@@ -21,6 +22,7 @@ from relay_grpc.paging import page_of
 if TYPE_CHECKING:
     from relay_grpc.db import Connection
 
+MAX_EVENTS = 200  # of an execution
 RECHECK_SECONDS = 5.0  # at most, between looks at the credential of a watch
 
 
@@ -34,7 +36,13 @@ class Executions:
         self._runs = runs
 
     async def GetExecution(self, request: Any, call: Call) -> actions_pb2.Execution:
-        return messages.execution(await self._get(request.id, call))
+        async with self._db.workspace(call.workspace_id) as connection:
+            row = await execution_store.get(connection, call.workspace_id, UUID(request.id))
+            if row is None:
+                raise errors.NotFound("execution", request.id)
+            targets = [f"executions/{row['id']}", f"previews/{row['preview_id']}"]
+            logged = await reading.about(connection, call.workspace_id, targets, row["preview_id"], MAX_EVENTS)
+        return messages.execution(row, events=map(messages.logged_event, logged))
 
     async def ListExecutions(self, request: Any, call: Call) -> actions_pb2.ListExecutionsResponse:
         page = page_of(request, call, UUID)
@@ -102,7 +110,7 @@ class Executions:
             if row["status"] != State.UNKNOWN:
                 raise _wrong_state(row, "settled")
             changed = await execution_store.reconcile(connection, call.workspace_id, row["id"], state)
-            event.reason = f"{state.upper()}: {request.reason}"
+            event.reason, event.note = state.upper(), request.reason
         return self._changed(changed)
 
     async def _get(self, id_: str, call: Call) -> asyncpg.Record:

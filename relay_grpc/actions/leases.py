@@ -17,7 +17,8 @@ from relay_grpc.actions.execution import AttemptResult, Transition
 from relay_grpc.actions.execution_store import ATTEMPT, EXECUTION
 from relay_grpc.actions.lanes import Room
 from relay_grpc.actions.store import halted_sql
-from relay_grpc.audit.event import COLUMNS, Event, as_json
+from relay_grpc.audit.event import Event, as_json
+from relay_grpc.audit.store import COLUMNS, EVENTS, appending
 
 if TYPE_CHECKING:
     from relay_grpc.db import Connection
@@ -162,6 +163,12 @@ class Completion:
         }
 
 
+_EVENTS = f"""
+    SELECT {", ".join(f"l.{name}" for name in COLUMNS)}
+      FROM json_to_recordset($2::json) AS l{EVENTS} JOIN done e ON l.id = e.event_id
+"""  # noqa: S608  # the names are ours
+
+
 async def complete(connection: "Connection", completions: Sequence[Completion]) -> dict[UUID, asyncpg.Record]:
     """Records attempts and what follows from them: no further attempt of what was cancelled meanwhile.
 
@@ -191,12 +198,7 @@ async def complete(connection: "Connection", completions: Sequence[Completion]) 
           SELECT id, attempt_count, workspace_id, attempt_started_at, outcome, status_code, response_excerpt, error
             FROM done
           RETURNING a.execution_id, {ATTEMPT}
-        ), logged AS (
-          INSERT INTO audit_logs ({", ".join(COLUMNS)})
-          SELECT {", ".join(f"l.{name}" for name in COLUMNS)}
-            FROM jsonb_populate_recordset(NULL::audit_logs, $2::jsonb) l
-            JOIN done e ON l.id = e.event_id
-        )
+        ), {appending(_EVENTS)}
         SELECT {EXECUTION}, e.event_id, {ATTEMPT} FROM done e JOIN attempts a ON a.execution_id = e.id
         """,  # noqa: S608  # the names are ours
         json.dumps([one.as_row() for one in completions]),

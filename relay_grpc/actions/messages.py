@@ -1,7 +1,7 @@
 """Rows and values of this package as messages of relay.v1.actions. No I/O."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Any
@@ -98,7 +98,9 @@ def preview(row: Row) -> actions_pb2.Preview:
     return message
 
 
-def execution(row: Row, *, replayed: bool = False) -> actions_pb2.Execution:
+def execution(
+    row: Row, *, replayed: bool = False, events: Iterable[actions_pb2.LoggedEvent] = ()
+) -> actions_pb2.Execution:
     """row: an execution's, with its last finished attempt where it was fetched."""
     return actions_pb2.Execution(
         id=str(row["id"]),
@@ -118,7 +120,12 @@ def execution(row: Row, *, replayed: bool = False) -> actions_pb2.Execution:
         delivery=f"DELIVERY_{row['delivery'].upper()}",
         cancel_requested=row["cancel_requested_at"] is not None,
         resend_count=row["resend_count"],
+        events=events,
     )
+
+
+def logged_event(row: Row) -> actions_pb2.LoggedEvent:
+    return actions_pb2.LoggedEvent(event_id=str(row["id"]), action=row["action"], leaf_index=row["leaf_index"])
 
 
 def planned(facts: Row, preview_id: str, idempotency_key: str) -> actions_pb2.Execution:

@@ -17,7 +17,8 @@ from relay_grpc.actions.lanes import Room
 from relay_grpc.actions.leases import TARGET, WORK
 from relay_grpc.actions.preview import DIGEST_SQL
 from relay_grpc.actions.store import halted_sql
-from relay_grpc.audit.event import COLUMNS, Event, as_json
+from relay_grpc.audit.event import Event, as_json
+from relay_grpc.audit.store import COLUMNS, EVENTS, appending
 from relay_grpc.call import Call
 
 if TYPE_CHECKING:
@@ -81,6 +82,12 @@ _PLACED = f"""
     )
 """  # noqa: S608  # the names are ours
 _FROM_PREVIEW = ("action_type", "provider", "params_hash", "params_prefix")
+_EVENTS = f"""
+    SELECT {", ".join(f"{'u' if name in _FROM_PREVIEW else 'l'}.{name}" for name in COLUMNS)}
+      FROM json_to_recordset($13::json) AS l{EVENTS}
+      JOIN made e ON l.target = 'executions/' || e.id
+      JOIN usable u ON u.id_to_be = e.id
+"""  # noqa: S608  # the names are ours
 
 
 async def commit(
@@ -109,13 +116,7 @@ async def commit(
           RETURNING {WORK}
         ), used AS (
           UPDATE previews p SET execution_id = e.id FROM made e WHERE p.id = e.preview_id
-        ), logged AS (
-          INSERT INTO audit_logs ({", ".join(COLUMNS)})
-          SELECT {", ".join(f"u.{name}" if name in _FROM_PREVIEW else f"l.{name}" for name in COLUMNS)}
-            FROM jsonb_populate_recordset(NULL::audit_logs, $13::jsonb) l
-            JOIN made e ON l.target = 'executions/' || e.id
-            JOIN usable u ON u.id_to_be = e.id
-        )
+        ), {appending(_EVENTS)}
         SELECT e.*, {TARGET} FROM made e JOIN connections c ON c.id = e.connection_id
         """,  # noqa: S608  # the names are ours
         json.dumps([order.as_row() for order in orders]),

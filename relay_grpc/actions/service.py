@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 import asyncpg
 from relay.v1 import actions_pb2
 
-from relay_grpc import errors, failpoints
+from relay_grpc import errors
 from relay_grpc.actions import execution_store, messages, refusals, store
 from relay_grpc.actions.catalogue import CATALOGUE, Action, find
 from relay_grpc.actions.dispatcher import Dispatcher
@@ -111,7 +111,6 @@ class ActionsService:
             event.target = f"previews/{row['id']}"
             event.action_type, event.provider = action.name, action.provider
             event.params_hash, event.params_prefix = row["params_hash"], row["params_prefix"]
-        failpoints.reach("preview.committed")
         return messages.preview(row)
 
     async def GetPreview(self, request: Any, call: Call) -> actions_pb2.Preview:
@@ -126,9 +125,9 @@ class ActionsService:
             raise refusals.disabled_action(refusals.SWITCHED_OFF)
         idempotency_key = request.idempotency_key or request.preview_id
         execution_id = uuid7()
+        call.idempotency_key_hash = self._recorder.hash(call.workspace_id, idempotency_key)
         event = of_call(call)
         event.target = f"executions/{execution_id}"
-        event.idempotency_key_hash = self._recorder.hash(call.workspace_id, idempotency_key)
         order = Order(
             execution_id=execution_id,
             workspace_id=call.workspace_id,
@@ -181,7 +180,6 @@ class ActionsService:
         async with self._recorder.change(order.call) as (connection, event):
             facts = await self._facts(connection, order)
             event.reason = "VALIDATE_ONLY"
-            event.idempotency_key_hash = order.event.idempotency_key_hash
             event.action_type, event.provider = facts["action_type"] or "", facts["provider"] or ""
             if replay := await self._replay(connection, order, facts):
                 event.target = f"executions/{replay.id}"

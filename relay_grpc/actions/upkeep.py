@@ -3,8 +3,6 @@
 Any number of instances do it side by side; each step is a short transaction, after which a crash loses nothing.
 """
 
-import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -16,12 +14,12 @@ from relay_grpc.actions.catalogue import CATALOGUE
 from relay_grpc.actions.leases import READY
 from relay_grpc.audit.event import Outcome
 from relay_grpc.db import Database
+from relay_grpc.jobs import Jobs
 from relay_grpc.telemetry import Metrics
 
 if TYPE_CHECKING:
     from relay_grpc.db import Connection
 
-log = logging.getLogger(__name__)
 RECOVERIES_SECONDS = 1.0
 ROUNDS = 50  # batches of each recovery, before what was held up is looked at again
 RETENTION_SECONDS = 60.0
@@ -31,7 +29,7 @@ _ACTIONS = [action.name for action in CATALOGUE]
 
 
 class Upkeep:
-    """The jobs, each in a task of its own, so that none waits for another or fails with it.
+    """One per process. Start it, and stop it.
 
     retention: how long executions that ended are kept.
     """
@@ -40,24 +38,19 @@ class Upkeep:
         self._db = db
         self._metrics = metrics
         self._retention = retention
-        self._jobs: list[asyncio.Task[None]] = []
+        self._jobs = Jobs(
+            {
+                "recoveries": (RECOVERIES_SECONDS, self.recover),
+                "retention": (RETENTION_SECONDS, self.retain),
+                "the look at lateness": (LATENESS_SECONDS, self._tell_lateness),
+            }
+        )
 
     def start(self) -> None:
-        self._jobs = [
-            asyncio.create_task(_every(seconds, job))
-            for seconds, job in (
-                (RECOVERIES_SECONDS, self.recover),
-                (RETENTION_SECONDS, self.retain),
-                (LATENESS_SECONDS, self._tell_lateness),
-            )
-        ]
+        self._jobs.start()
 
     async def stop(self) -> None:
-        jobs = set(self._jobs)
-        while jobs:  # a cancellation that meets the end of a connection can be lost in asyncpg
-            for job in jobs:
-                job.cancel()
-            _, jobs = await asyncio.wait(jobs, timeout=1)
+        await self._jobs.stop()
 
     async def recover(self) -> None:
         """Advances all recoveries in turns, by ROUNDS batches at most."""
@@ -97,17 +90,6 @@ class Upkeep:
     async def _tell_lateness(self) -> None:
         async with self._db.worker() as connection:
             self._metrics.oldest_due.set(await _oldest_due(connection))
-
-
-async def _every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        try:
-            await job()
-        except errors.RelayError as error:
-            log.info("upkeep waits: %s", error)
-        except Exception:
-            log.exception("upkeep stumbled")
-        await asyncio.sleep(seconds)
 
 
 async def _oldest_due(connection: "Connection") -> float:

@@ -73,7 +73,8 @@ class AuthService:
         key = keys.generate(live=self._live)
         sealed = await self._verifier.seal(key.text)
         try:
-            async with self._recorder.change(call) as (connection, _):
+            async with self._recorder.change(call) as (connection, event):
+                event.note = f"apiKeys/{new_id}"
                 worked = await store.retire_key(connection, call.workspace_id, old_id, request.overlap.ToTimedelta())
                 old = await store.get_key(connection, call.workspace_id, old_id)
                 if not worked:

@@ -14,6 +14,7 @@ from uuid import UUID
 import asyncpg
 
 from relay_grpc import errors
+from relay_grpc.audit.event import SYSTEM_WORKSPACE
 from relay_grpc.auth import scopes, store
 from relay_grpc.auth.changes import Changes
 from relay_grpc.auth.lookups import Lookups
@@ -21,7 +22,7 @@ from relay_grpc.auth.oidc import TokenVerifier
 from relay_grpc.auth.tokens import Identity
 from relay_grpc.auth.verifier import STATUS_TTL
 from relay_grpc.db import Database
-from relay_grpc.principal import Limits, Principal, PrincipalType
+from relay_grpc.principal import NO_LIMITS, Limits, Principal, PrincipalType
 
 MAX_USERS = 100_000
 WORKSPACE_FIELD = "x-relay-workspace"
@@ -63,6 +64,13 @@ class UserVerifier:
         none is named, and DependencyUnavailable.
         """
         identity = await self._tokens.verify(token)
+        try:
+            return await self._principal(identity, workspace)
+        except errors.RelayError as error:
+            error.principal = _stranger(identity)
+            raise
+
+    async def _principal(self, identity: Identity, workspace: UUID | None) -> Principal:
         roles = await self._roles((identity.issuer, identity.subject), workspace)
         if workspace is None:
             if len(roles) > 1:
@@ -121,6 +129,11 @@ def _role(row: asyncpg.Record) -> _Role:
         scopes.of_role(row["role"], row["role_parent"], row["role_scopes"]),
         Limits(row["workspace_calls_per_minute"], row["workspace_executions_per_minute"]),
     )
+
+
+def _stranger(identity: Identity) -> Principal:
+    """A user who may do nothing. No workspace's log is theirs to write to: what they try is told in the system's."""
+    return _principal(identity, SYSTEM_WORKSPACE, _Role("", frozenset(), NO_LIMITS))
 
 
 def _principal(identity: Identity, workspace: UUID, role: _Role) -> Principal:

@@ -121,7 +121,7 @@ class KeyVerifier:
             proof = await self._check(digest, presented, peer)
         if proof is None or proof.state is not KeyState.VALID:
             self._metrics.auth_failures.labels("invalid").inc()
-            raise errors.Unauthenticated
+            raise errors.Unauthenticated(proof.principal if proof else None)
         self._used.add(proof.key_id)
         return proof.principal
 

@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from relay_grpc.cli import actions, audit, connections, database, executions, halts, keys, limits, roles, server
+from relay_grpc.cli import (
+    actions,
+    audit,
+    audit_operator,
+    connections,
+    database,
+    executions,
+    halts,
+    keys,
+    limits,
+    roles,
+    server,
+)
 from relay_grpc.cli.client import Target
 from relay_grpc.cli.failures import EPILOG, Failure
 
@@ -27,6 +39,8 @@ for command in (server.serve, server.demo, database.migrate, database.bootstrap,
 app.add_typer(limits.app, name="limits", rich_help_panel=SERVER)
 for switch in (halts.halt, halts.resume, halts.halts):
     app.command(rich_help_panel=SERVER)(switch)
+for of_operator in (audit_operator.erase, audit_operator.drop, audit_operator.keys):
+    audit.app.command(rich_help_panel=SERVER)(of_operator)
 app.command(rich_help_panel=API)(keys.whoami)
 for group in (keys, roles, connections, actions, executions, audit):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2], rich_help_panel=API)

@@ -5,23 +5,19 @@ from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from relay_grpc.audit.event import Outcome
-from relay_grpc.cli import values
+from relay_grpc.cli import audit_files, values
 from relay_grpc.cli.client import Json, connected
-from relay_grpc.cli.output import listing, page_size, plain, show_newest, when, word
+from relay_grpc.cli.output import listing, page_size, plain, show_newest, show_next, tell, when, word
 
 if TYPE_CHECKING:
     from relay.v1 import audit_pb2
 
-app = typer.Typer(help="Read the audit log.", no_args_is_help=True)
-
-
-@app.callback()
-def group() -> None:
-    """Keeps `list` a command of its own: Typer makes a lone one the group itself."""
+app = typer.Typer(help="Read the audit log, and prove what it holds.", no_args_is_help=True)
+FOLLOWED_FOR = 30 * 86_400.0  # seconds
 
 
 @app.command("list")
@@ -67,6 +63,50 @@ def list_events(
     show_newest(newest, limit, _events, as_json=as_json)
 
 
+@app.command()
+def tail(
+    ctx: typer.Context,
+    cursor: Annotated[
+        str, typer.Option(metavar="CURSOR", help="Where an earlier one ended. Unset: what comes from now on.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Show events as they are added to the log, in its order. Ctrl-C ends it, and it tells how to go on.
+
+    With --json, each is a document on a line of its own.
+    """
+    last = ""
+    try:
+        with connected(ctx) as relay:
+            for answer in relay.audit.tail_events(cursor=cursor, timeout=FOLLOWED_FOR):
+                if answer.HasField("event"):
+                    show_next(answer, _line, as_json=as_json)
+                last = answer.cursor
+    except KeyboardInterrupt:
+        raise typer.Exit from None
+    finally:
+        if last:
+            tell(f"To go on after this: --cursor {last}", stderr=True)
+
+
+for command in (
+    audit_files.export,
+    audit_files.verify,
+    audit_files.checkpoint,
+    audit_files.consistency,
+    audit_files.inclusion,
+):
+    app.command()(command)
+
+
+def _line(answer: "audit_pb2.TailEventsResponse") -> RenderableType:
+    event = answer.event
+    line = Text.assemble(when(event.event_time), "  ", word(event, "outcome"), "  ", _what(event, "  "))
+    if answer.dropped_count:
+        return Group(Text(f"{answer.dropped_count} events were dropped before this one"), line)
+    return line
+
+
 def _events(events: list["audit_pb2.Event"]) -> RenderableType:
     return listing(
         ("TIME", "OUTCOME", "WHAT"),
@@ -75,7 +115,7 @@ def _events(events: list["audit_pb2.Event"]) -> RenderableType:
     )
 
 
-def _what(event: "audit_pb2.Event") -> Text:
+def _what(event: "audit_pb2.Event", between: str = "\n") -> Text:
     """What was done by whom on the first line, to what on the second."""
     what = plain(event.action) + " by " + (plain(event.actor.name) if event.actor.name else word(event.actor, "type"))
     if event.reason:
@@ -83,5 +123,5 @@ def _what(event: "audit_pb2.Event") -> Text:
     if event.count > 1:
         what.append(f" ({event.count} times)")
     if event.target:
-        what.append("\n").append(plain(event.target))
+        what.append(between).append(plain(event.target))
     return what

@@ -74,7 +74,7 @@ def bootstrap(
 
 
 def keygen() -> None:
-    """Print fresh values for RELAY_ENCRYPTION_KEYS, RELAY_KEY_PEPPERS and RELAY_HASH_KEY."""
+    """Print fresh values for the settings that hold key material: encryption, peppers, hashes, audit signatures."""
     from relay_grpc.datafolder import new_key_material
 
     for name, value in new_key_material().items():

@@ -39,6 +39,7 @@ def halt(
 
     from relay_grpc import halts
     from relay_grpc.actions.catalogue import CATALOGUE
+    from relay_grpc.owner import UnknownWorkspace
 
     if not 1 <= len(reason.strip()) <= MOST_REASON:
         raise Failure(f"--reason: should have 1 to {MOST_REASON} characters", code=ExitCode.USAGE)
@@ -48,7 +49,7 @@ def halt(
     with database(data_dir) as url:
         try:
             held = asyncio.run(halts.halt(url, workspace, provider, reason.strip()))
-        except halts.UnknownWorkspace:
+        except UnknownWorkspace:
             raise _unknown(workspace) from None
     _show(held, as_json=as_json)
 
@@ -63,11 +64,12 @@ def resume(
     import asyncio
 
     from relay_grpc import halts
+    from relay_grpc.owner import UnknownWorkspace
 
     with database(data_dir) as url:
         try:
             lifted, held = asyncio.run(halts.resume(url, workspace, provider))
-        except halts.UnknownWorkspace:
+        except UnknownWorkspace:
             raise _unknown(workspace) from None
     if not lifted:
         tell("Nothing was halted by exactly this.", stderr=True)

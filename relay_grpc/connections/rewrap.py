@@ -49,7 +49,7 @@ async def rewrap(url: str, encryption_keys: Mapping[str, bytes], told: Callable[
             done = len(rows) - len(problems)
             if done:
                 target = f"encryptionKeys/{current}"
-                await record(connection, SYSTEM_WORKSPACE, "operator.RewrapSecrets", target, reason=f"{done} secrets")
+                await record(connection, SYSTEM_WORKSPACE, "operator.RewrapSecrets", target, note=f"{done} secrets")
         count, left, last = count + done, left | problems, rows[-1]["id"]
         told(count)
 

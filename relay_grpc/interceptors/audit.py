@@ -18,23 +18,24 @@ def audit(recorder: Recorder) -> Layer:
         async def audited(call: Call, request: Any) -> Any:
             try:
                 answer = await handler(call, request)
-            except errors.RelayError as error:
-                denied = isinstance(error, REFUSALS)
-                if isinstance(error, COUNTED) or (denied and not call.is_authenticated):
-                    recorder.count(of_call(call, Outcome.DENIED, error.reason))
-                elif call.is_authenticated and (denied or method.audited) and not call.recorded:
-                    await recorder.write(of_call(call, Outcome.DENIED if denied else Outcome.FAILED, error.reason))
-                raise
             except asyncio.CancelledError:
-                if call.is_authenticated and method.audited and not call.recorded:
-                    recorder.write_later(of_call(call, Outcome.FAILED, "CANCELLED"))
+                if method.audited and not call.recorded:
+                    if call.is_authenticated:
+                        recorder.write_later(recorder.of_call(call, Outcome.FAILED, "CANCELLED"))
+                    else:
+                        recorder.count(of_call(call, Outcome.FAILED, "CANCELLED"))
                 raise
-            except Exception:
-                if call.is_authenticated and method.audited and not call.recorded:
-                    await recorder.write(of_call(call, Outcome.FAILED, "INTERNAL"))
+            except Exception as error:
+                outcome = Outcome.DENIED if isinstance(error, REFUSALS) else Outcome.FAILED
+                if (method.audited or outcome is Outcome.DENIED) and not call.recorded:
+                    reason = error.reason if isinstance(error, errors.RelayError) else "INTERNAL"
+                    if isinstance(error, COUNTED) or not call.is_authenticated:
+                        recorder.count(of_call(call, outcome, reason))
+                    else:
+                        await recorder.write(recorder.of_call(call, outcome, reason))
                 raise
             if method.audited and not call.recorded:
-                await recorder.write(of_call(call))
+                await recorder.write(recorder.of_call(call))
             return answer
 
         return audited

@@ -19,10 +19,14 @@ def authentication(keys: KeyVerifier, users: UserVerifier) -> Layer:
         async def authenticate(call: Call) -> None:
             credential, is_key = _credential(call.metadata)
             call.named_workspace = _workspace(call.metadata)
-            if is_key:
-                call.principal = await keys.verify(credential, call.peer)
-            else:
-                call.principal = await users.verify(credential, call.named_workspace)
+            try:
+                if is_key:
+                    call.principal = await keys.verify(credential, call.peer)
+                else:
+                    call.principal = await users.verify(credential, call.named_workspace)
+            except errors.RelayError as error:
+                call.proven = error.principal
+                raise
 
         async def authenticated(call: Call, request: Any) -> Any:
             await authenticate(call)

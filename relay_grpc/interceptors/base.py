@@ -89,6 +89,7 @@ def _adapter(method: Method, handler: Handler, proxies: Sequence[Network]) -> Ca
             request_id=request_id if _REQUEST_ID.fullmatch(request_id) else _new_request_id(),
             deadline=float("inf") if remaining is None else time.monotonic() + remaining,
             send=context.write,
+            request=request,
         )
         answer = await handler(call, request)
         await status.finish(call, context)

@@ -22,7 +22,7 @@ def validation(method: Method, handler: Handler) -> Handler:
 
     async def validated(call: Call, request: Any) -> Any:
         try:
-            message = parse(request)
+            call.request = message = parse(request)
         except DecodeError as error:
             raise errors.InvalidRequest([("", f"the bytes are not a {method.input_type.__name__}")]) from error
         try:

@@ -7,6 +7,7 @@ from typing import Any, Generic, Self, TypeVar
 from google.protobuf.message import Message
 
 from relay.errors import Contention, RelayError, Unavailable
+from relay.v1.audit_pb2 import TailEventsRequest, TailEventsResponse
 
 DEADLINE = 30.0  # seconds
 RESUME_AFTER = 1.0  # seconds
@@ -56,11 +57,28 @@ class Page(Call[Any], Generic[Item]):
 
 @dataclass(frozen=True)
 class Stream(Call[Item], Generic[Item]):
-    """A call that answers one message after the other, the first of them at once. timeout: of the whole."""
+    """A call that answers one message after the other. timeout: of the whole."""
 
     def pause(self, error: RelayError, remaining: float) -> float | None:
-        """Seconds after which to ask again, None to give up. It is asked for streams that had begun.
+        """Seconds after which to ask again, None to give up. It is asked for streams that had begun."""
+        return None
 
-        What began is taken up again where it broke: the first message tells how things are now.
-        """
+    def after(self, newest: Item) -> Self:
+        """The call that goes on behind this message."""
+        return self
+
+
+@dataclass(frozen=True)
+class Watch(Stream[Item]):
+    """A stream that is taken up again where it broke: the first message tells how things are now."""
+
+    def pause(self, error: RelayError, remaining: float) -> float | None:
         return RESUME_AFTER if isinstance(error, Unavailable) and remaining > RESUME_AFTER else None
+
+
+@dataclass(frozen=True)
+class Tail(Watch[TailEventsResponse]):
+    """A stream that is taken up again from the last cursor."""
+
+    def after(self, newest: TailEventsResponse) -> Self:
+        return replace(self, request=TailEventsRequest(cursor=newest.cursor))

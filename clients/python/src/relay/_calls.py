@@ -2,7 +2,7 @@
 
 Each function describes one RPC and sends nothing; the clients make methods of them. Messages are those of relay.v1,
 whose comments give the bounds and errors. Every function takes `timeout`, the seconds until the call's deadline (for
-lists: of each page; for a watch: of the whole), and durations and times as timedelta and aware datetime.
+lists: of each page; for streams: of the whole), and durations and times as timedelta and aware datetime.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,10 +11,10 @@ from datetime import datetime, timedelta
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from relay._call import DEADLINE, Call, Page, Stream
+from relay._call import DEADLINE, Call, Page, Stream, Tail, Watch
 from relay.v1 import actions_pb2, audit_pb2, auth_pb2, connections_pb2
 
-WATCH_DEADLINE = 3600.0  # seconds
+WATCH_DEADLINE = EXPORT_DEADLINE = 3600.0  # seconds
 
 # AuthService
 
@@ -313,13 +313,13 @@ def list_attempts(execution_id: str, *, page_size: int = 0, timeout: float = DEA
     return Page("ListAttempts", request, timeout, "attempts")
 
 
-def watch_execution(execution_id: str, *, timeout: float = WATCH_DEADLINE) -> Stream[actions_pb2.Execution]:
+def watch_execution(execution_id: str, *, timeout: float = WATCH_DEADLINE) -> Watch[actions_pb2.Execution]:
     """The execution as it is and whenever it has changed, until it ends: one whose outcome is unknown goes on.
 
     A watch that breaks off goes on by itself, with whatever has changed meanwhile; one that nobody answers from the
     start raises Unavailable.
     """
-    return Stream("WatchExecution", actions_pb2.WatchExecutionRequest(id=execution_id), timeout)
+    return Watch("WatchExecution", actions_pb2.WatchExecutionRequest(id=execution_id), timeout)
 
 
 def cancel_execution(execution_id: str, *, timeout: float = DEADLINE) -> Call[actions_pb2.Execution]:
@@ -410,6 +410,59 @@ def list_events(
         page_size=page_size,
     )
     return Page("ListEvents", request, timeout, "events")
+
+
+def get_event(event_id: str, *, timeout: float = DEADLINE) -> Call[audit_pb2.Event]:
+    """One event."""
+    return Call("GetEvent", audit_pb2.GetEventRequest(id=event_id), timeout)
+
+
+def export_events(
+    export_format: audit_pb2.ExportFormat = audit_pb2.EXPORT_FORMAT_JSONL,
+    *,
+    start_time: datetime | None = None,
+    end_time: datetime | None = None,
+    timeout: float = EXPORT_DEADLINE,
+) -> Stream[audit_pb2.ExportEventsResponse]:
+    """The events that were added to the log from start_time on and before end_time, as pieces of a file: its `chunk`s.
+
+    Never repeated by the client, which could not go on within a file: whatever it raises, the file is not whole.
+    """
+    request = audit_pb2.ExportEventsRequest(
+        format=export_format, start_time=_aware(start_time), end_time=_aware(end_time)
+    )
+    return Stream("ExportEvents", request, timeout)
+
+
+def tail_events(*, cursor: str = "", timeout: float = WATCH_DEADLINE) -> Tail:
+    """Events as they are added to the log, in order, from a cursor on; empty: from now on.
+
+    The first message has a cursor and no event. Whoever keeps the `cursor` of what was last dealt with misses nothing
+    and may see the newest twice. A tail that breaks off goes on by itself; one that nobody answers from the start
+    raises Unavailable.
+    """
+    return Tail("TailEvents", audit_pb2.TailEventsRequest(cursor=cursor), timeout)
+
+
+def get_checkpoint(*, timeout: float = DEADLINE) -> Call[audit_pb2.Checkpoint]:
+    """The newest signed checkpoint of the workspace's log. Keep its `note` elsewhere, to prove later what it holds."""
+    return Call("GetCheckpoint", audit_pb2.GetCheckpointRequest(), timeout)
+
+
+def get_inclusion_proof(
+    event_id: str, *, tree_size: int = 0, timeout: float = DEADLINE
+) -> Call[audit_pb2.InclusionProof]:
+    """Proof that an event is in the log of a checkpoint of this size; 0: the newest. relay.proofs verifies it."""
+    request = audit_pb2.GetInclusionProofRequest(event_id=event_id, tree_size=tree_size)
+    return Call("GetInclusionProof", request, timeout)
+
+
+def get_consistency_proof(
+    first_tree_size: int, *, second_tree_size: int = 0, timeout: float = DEADLINE
+) -> Call[audit_pb2.ConsistencyProof]:
+    """Proof that the log of the first size is a prefix of the second's; 0: the newest. relay.proofs verifies it."""
+    request = audit_pb2.GetConsistencyProofRequest(first_tree_size=first_tree_size, second_tree_size=second_tree_size)
+    return Call("GetConsistencyProof", request, timeout)
 
 
 def _aware(time: datetime | None) -> datetime | None:

@@ -15,7 +15,7 @@ _WORKSPACE = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 # Reads, and what is safe to repeat: a second Preview is only another preview, Execute is recognised by its idempotency
 # key (the preview's id where none is given), and revoking or stopping twice is doing it once. What creates is not among
 # them, nor ResendExecution, nor what would not find the second time what it took away or settled the first time, nor
-# AssignRole, which could undo what somebody else did in between. A watch that had begun is resumed by `_call.Stream`.
+# AssignRole, which could undo what somebody else did in between. What of a watch or a tail had begun, `_call` resumes.
 REPEATABLE = {
     "relay.v1.AuthService": (
         "WhoAmI",
@@ -39,7 +39,14 @@ REPEATABLE = {
         "GetRecovery",
         "CancelRecovery",
     ),
-    "relay.v1.AuditService": ("ListEvents",),
+    "relay.v1.AuditService": (
+        "ListEvents",
+        "GetEvent",
+        "TailEvents",
+        "GetCheckpoint",
+        "GetInclusionProof",
+        "GetConsistencyProof",
+    ),
 }
 
 # gRFC A6. Throttling: once half of the tokens are gone (a failure costs one, a success gives a tenth back), failures

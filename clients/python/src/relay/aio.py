@@ -131,7 +131,7 @@ class Service:
                 try:
                     async for answer in answers:
                         if answer != newest:  # a resumed stream begins with what may be known
-                            newest = answer
+                            newest, stream = answer, stream.after(answer)
                             yield answer
                     return
                 except grpc.RpcError as failure:
@@ -206,3 +206,9 @@ class Audit(Service):
     def __init__(self, channel: grpc.aio.Channel, caller: _channel.Caller) -> None:
         super().__init__(audit_pb2_grpc.AuditServiceStub, channel, caller)
         self.list_events = self._paged(_calls.list_events)
+        self.get_event = self._unary(_calls.get_event)
+        self.export_events = self._streamed(_calls.export_events)
+        self.tail_events = self._streamed(_calls.tail_events)
+        self.get_checkpoint = self._unary(_calls.get_checkpoint)
+        self.get_inclusion_proof = self._unary(_calls.get_inclusion_proof)
+        self.get_consistency_proof = self._unary(_calls.get_consistency_proof)

@@ -230,7 +230,7 @@ class ExecuteRequest(_message.Message):
     def __init__(self, preview_id: _Optional[str] = ..., digest: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., validate_only: _Optional[bool] = ...) -> None: ...
 
 class Execution(_message.Message):
-    __slots__ = ("id", "action", "action_version", "provider", "connection_id", "preview_id", "idempotency_key", "state", "replayed", "attempt_count", "last_attempt", "next_attempt_time", "create_time", "end_time", "delivery", "cancel_requested", "resend_count")
+    __slots__ = ("id", "action", "action_version", "provider", "connection_id", "preview_id", "idempotency_key", "state", "replayed", "attempt_count", "last_attempt", "next_attempt_time", "create_time", "end_time", "delivery", "cancel_requested", "resend_count", "events")
     ID_FIELD_NUMBER: _ClassVar[int]
     ACTION_FIELD_NUMBER: _ClassVar[int]
     ACTION_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +248,7 @@ class Execution(_message.Message):
     DELIVERY_FIELD_NUMBER: _ClassVar[int]
     CANCEL_REQUESTED_FIELD_NUMBER: _ClassVar[int]
     RESEND_COUNT_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     action: str
     action_version: int
@@ -265,7 +266,18 @@ class Execution(_message.Message):
     delivery: Delivery
     cancel_requested: bool
     resend_count: int
-    def __init__(self, id: _Optional[str] = ..., action: _Optional[str] = ..., action_version: _Optional[int] = ..., provider: _Optional[str] = ..., connection_id: _Optional[str] = ..., preview_id: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., state: _Optional[_Union[ExecutionState, str]] = ..., replayed: _Optional[bool] = ..., attempt_count: _Optional[int] = ..., last_attempt: _Optional[_Union[Attempt, _Mapping]] = ..., next_attempt_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., delivery: _Optional[_Union[Delivery, str]] = ..., cancel_requested: _Optional[bool] = ..., resend_count: _Optional[int] = ...) -> None: ...
+    events: _containers.RepeatedCompositeFieldContainer[LoggedEvent]
+    def __init__(self, id: _Optional[str] = ..., action: _Optional[str] = ..., action_version: _Optional[int] = ..., provider: _Optional[str] = ..., connection_id: _Optional[str] = ..., preview_id: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., state: _Optional[_Union[ExecutionState, str]] = ..., replayed: _Optional[bool] = ..., attempt_count: _Optional[int] = ..., last_attempt: _Optional[_Union[Attempt, _Mapping]] = ..., next_attempt_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., delivery: _Optional[_Union[Delivery, str]] = ..., cancel_requested: _Optional[bool] = ..., resend_count: _Optional[int] = ..., events: _Optional[_Iterable[_Union[LoggedEvent, _Mapping]]] = ...) -> None: ...
+
+class LoggedEvent(_message.Message):
+    __slots__ = ("event_id", "action", "leaf_index")
+    EVENT_ID_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    LEAF_INDEX_FIELD_NUMBER: _ClassVar[int]
+    event_id: str
+    action: str
+    leaf_index: int
+    def __init__(self, event_id: _Optional[str] = ..., action: _Optional[str] = ..., leaf_index: _Optional[int] = ...) -> None: ...
 
 class Attempt(_message.Message):
     __slots__ = ("number", "start_time", "duration", "outcome", "status_code", "response_excerpt", "error")

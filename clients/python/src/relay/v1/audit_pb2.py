@@ -29,7 +29,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from relay.v1 import policy_pb2 as relay_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14relay/v1/audit.proto\x12\x08relay.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15relay/v1/policy.proto\"T\n\x05\x41\x63tor\x12\'\n\x04type\x18\x01 \x01(\x0e\x32\x13.relay.v1.ActorTypeR\x04type\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n\x04name\x18\x03 \x01(\tR\x04name\"\xf5\x04\n\x05\x45vent\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x39\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12%\n\x05\x61\x63tor\x18\x03 \x01(\x0b\x32\x0f.relay.v1.ActorR\x05\x61\x63tor\x12\x16\n\x06\x61\x63tion\x18\x04 \x01(\tR\x06\x61\x63tion\x12\x16\n\x06target\x18\x05 \x01(\tR\x06target\x12)\n\x10\x63\x61talogue_action\x18\x06 \x01(\tR\x0f\x63\x61talogueAction\x12\x1a\n\x08provider\x18\x07 \x01(\tR\x08provider\x12\x30\n\x07outcome\x18\x08 \x01(\x0e\x32\x16.relay.v1.EventOutcomeR\x07outcome\x12\x16\n\x06reason\x18\t \x01(\tR\x06reason\x12\x16\n\x06scopes\x18\n \x03(\tR\x06scopes\x12\x1d\n\nrequest_id\x18\x0b \x01(\tR\trequestId\x12\x19\n\x08trace_id\x18\x0c \x01(\tR\x07traceId\x12\x30\n\x14idempotency_key_hash\x18\r \x01(\tR\x12idempotencyKeyHash\x12\'\n\x0fparameters_hash\x18\x0e \x01(\tR\x0eparametersHash\x12+\n\x11parameters_prefix\x18\x0f \x01(\tR\x10parametersPrefix\x12\x12\n\x04peer\x18\x10 \x01(\tR\x04peer\x12\x35\n\x08\x64uration\x18\x11 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x64uration\x12\x14\n\x05\x63ount\x18\x12 \x01(\x05R\x05\x63ount\"\xa4\x03\n\x11ListEventsRequest\x12$\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\x12 \n\x06\x61\x63tion\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x06\x61\x63tion\x12#\n\x08provider\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x08provider\x12:\n\x07outcome\x18\x05 \x01(\x0e\x32\x16.relay.v1.EventOutcomeB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x07outcome\x12#\n\x08\x61\x63tor_id\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x03R\x07\x61\x63torId\x12&\n\nrequest_id\x18\x07 \x01(\tB\x07\xbaH\x04r\x02\x18@R\trequestId\x12\x39\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\"e\n\x12ListEventsResponse\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x0f.relay.v1.EventR\x06\x65vents\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"+\n\x0fGetEventRequest\x12\x18\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x02id\"\xc3\x01\n\x13\x45xportEventsRequest\x12\x39\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12:\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x16.relay.v1.ExportFormatB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00R\x06\x66ormat\",\n\x14\x45xportEventsResponse\x12\x14\n\x05\x63hunk\x18\x01 \x01(\x0cR\x05\x63hunk\"5\n\x11TailEventsRequest\x12 \n\x06\x63ursor\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\x06\x63ursor\"S\n\x12TailEventsResponse\x12%\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x0f.relay.v1.EventR\x05\x65vent\x12\x16\n\x06\x63ursor\x18\x02 \x01(\tR\x06\x63ursor\"\x16\n\x14GetCheckpointRequest\"z\n\nCheckpoint\x12\x12\n\x04note\x18\x01 \x01(\tR\x04note\x12\x1b\n\ttree_size\x18\x02 \x01(\x03R\x08treeSize\x12;\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\"e\n\x18GetInclusionProofRequest\x12#\n\x08\x65vent_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x07\x65ventId\x12$\n\ttree_size\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\x08treeSize\"}\n\x0eInclusionProof\x12\x1d\n\nleaf_index\x18\x01 \x01(\x03R\tleafIndex\x12\x16\n\x06hashes\x18\x02 \x03(\x0cR\x06hashes\x12\x34\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x14.relay.v1.CheckpointR\ncheckpoint\"\x80\x01\n\x1aGetConsistencyProofRequest\x12/\n\x0f\x66irst_tree_size\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\rfirstTreeSize\x12\x31\n\x10second_tree_size\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\x0esecondTreeSize\"`\n\x10\x43onsistencyProof\x12\x16\n\x06hashes\x18\x01 \x03(\x0cR\x06hashes\x12\x34\n\ncheckpoint\x18\x02 \x01(\x0b\x32\x14.relay.v1.CheckpointR\ncheckpoint*|\n\x0c\x45ventOutcome\x12\x1d\n\x19\x45VENT_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45VENT_OUTCOME_SUCCESS\x10\x01\x12\x18\n\x14\x45VENT_OUTCOME_FAILED\x10\x02\x12\x18\n\x14\x45VENT_OUTCOME_DENIED\x10\x03*\x9c\x01\n\tActorType\x12\x1a\n\x16\x41\x43TOR_TYPE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x43TOR_TYPE_API_KEY\x10\x01\x12\x13\n\x0f\x41\x43TOR_TYPE_USER\x10\x02\x12\x15\n\x11\x41\x43TOR_TYPE_SYSTEM\x10\x03\x12\x17\n\x13\x41\x43TOR_TYPE_OPERATOR\x10\x04\x12\x16\n\x12\x41\x43TOR_TYPE_UNKNOWN\x10\x05*u\n\x0c\x45xportFormat\x12\x1d\n\x19\x45XPORT_FORMAT_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45XPORT_FORMAT_JSONL\x10\x01\x12\x15\n\x11\x45XPORT_FORMAT_CSV\x10\x02\x12\x16\n\x12\x45XPORT_FORMAT_OCSF\x10\x03\x32\xff\x06\n\x0c\x41uditService\x12q\n\nListEvents\x12\x1b.relay.v1.ListEventsRequest\x1a\x1c.relay.v1.ListEventsResponse\"(\xaa\xbb\x18\x12\x08\x02\x12\naudit:read\x18\x01(\x01\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/events\x12\x65\n\x08GetEvent\x12\x19.relay.v1.GetEventRequest\x1a\x0f.relay.v1.Event\"-\xaa\xbb\x18\x12\x08\x02\x12\naudit:read\x18\x01(\x01\x82\xd3\xe4\x93\x02\x11\x12\x0f/v1/events/{id}\x12\x85\x01\n\x0c\x45xportEvents\x12\x1d.relay.v1.ExportEventsRequest\x1a\x1e.relay.v1.ExportEventsResponse\"4\xaa\xbb\x18\x14\x08\x02\x12\x0c\x61udit:export\x18\x01(\x01\x82\xd3\xe4\x93\x02\x16\"\x11/v1/events:export:\x01*0\x01\x12x\n\nTailEvents\x12\x1b.relay.v1.TailEventsRequest\x1a\x1c.relay.v1.TailEventsResponse\"-\xaa\xbb\x18\x12\x08\x02\x12\naudit:read\x18\x01(\x01\x82\xd3\xe4\x93\x02\x11\x12\x0f/v1/events:tail0\x01\x12q\n\rGetCheckpoint\x12\x1e.relay.v1.GetCheckpointRequest\x1a\x14.relay.v1.Checkpoint\"*\xaa\xbb\x18\x10\x08\x02\x12\naudit:read\x18\x01\x82\xd3\xe4\x93\x02\x10\x12\x0e/v1/checkpoint\x12\x93\x01\n\x11GetInclusionProof\x12\".relay.v1.GetInclusionProofRequest\x1a\x18.relay.v1.InclusionProof\"@\xaa\xbb\x18\x10\x08\x02\x12\naudit:read\x18\x01\x82\xd3\xe4\x93\x02&\x12$/v1/events/{event_id}/inclusionProof\x12\x89\x01\n\x13GetConsistencyProof\x12$.relay.v1.GetConsistencyProofRequest\x1a\x1a.relay.v1.ConsistencyProof\"0\xaa\xbb\x18\x10\x08\x02\x12\naudit:read\x18\x01\x82\xd3\xe4\x93\x02\x16\x12\x14/v1/consistencyProofb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14relay/v1/audit.proto\x12\x08relay.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15relay/v1/policy.proto\"T\n\x05\x41\x63tor\x12\'\n\x04type\x18\x01 \x01(\x0e\x32\x13.relay.v1.ActorTypeR\x04type\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n\x04name\x18\x03 \x01(\tR\x04name\"\xe1\x05\n\x05\x45vent\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x39\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12%\n\x05\x61\x63tor\x18\x03 \x01(\x0b\x32\x0f.relay.v1.ActorR\x05\x61\x63tor\x12\x16\n\x06\x61\x63tion\x18\x04 \x01(\tR\x06\x61\x63tion\x12\x16\n\x06target\x18\x05 \x01(\tR\x06target\x12)\n\x10\x63\x61talogue_action\x18\x06 \x01(\tR\x0f\x63\x61talogueAction\x12\x1a\n\x08provider\x18\x07 \x01(\tR\x08provider\x12\x30\n\x07outcome\x18\x08 \x01(\x0e\x32\x16.relay.v1.EventOutcomeR\x07outcome\x12\x16\n\x06reason\x18\t \x01(\tR\x06reason\x12\x16\n\x06scopes\x18\n \x03(\tR\x06scopes\x12\x1d\n\nrequest_id\x18\x0b \x01(\tR\trequestId\x12\x19\n\x08trace_id\x18\x0c \x01(\tR\x07traceId\x12\x30\n\x14idempotency_key_hash\x18\r \x01(\tR\x12idempotencyKeyHash\x12\'\n\x0fparameters_hash\x18\x0e \x01(\tR\x0eparametersHash\x12+\n\x11parameters_prefix\x18\x0f \x01(\tR\x10parametersPrefix\x12\x12\n\x04peer\x18\x10 \x01(\tR\x04peer\x12\x35\n\x08\x64uration\x18\x11 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x64uration\x12\x14\n\x05\x63ount\x18\x12 \x01(\x05R\x05\x63ount\x12\x12\n\x04note\x18\x13 \x01(\tR\x04note\x12\"\n\nleaf_index\x18\x14 \x01(\x03H\x00R\tleafIndex\x88\x01\x01\x12#\n\rerased_fields\x18\x15 \x03(\tR\x0c\x65rasedFieldsB\r\n\x0b_leaf_index\"\xa4\x03\n\x11ListEventsRequest\x12$\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\x12 \n\x06\x61\x63tion\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x06\x61\x63tion\x12#\n\x08provider\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x08provider\x12:\n\x07outcome\x18\x05 \x01(\x0e\x32\x16.relay.v1.EventOutcomeB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x07outcome\x12#\n\x08\x61\x63tor_id\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x03R\x07\x61\x63torId\x12&\n\nrequest_id\x18\x07 \x01(\tB\x07\xbaH\x04r\x02\x18@R\trequestId\x12\x39\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\"e\n\x12ListEventsResponse\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x0f.relay.v1.EventR\x06\x65vents\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"+\n\x0fGetEventRequest\x12\x18\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x02id\"\xc3\x01\n\x13\x45xportEventsRequest\x12\x39\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12:\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x16.relay.v1.ExportFormatB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00R\x06\x66ormat\",\n\x14\x45xportEventsResponse\x12\x14\n\x05\x63hunk\x18\x01 \x01(\x0cR\x05\x63hunk\"5\n\x11TailEventsRequest\x12 \n\x06\x63ursor\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\x06\x63ursor\"x\n\x12TailEventsResponse\x12%\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x0f.relay.v1.EventR\x05\x65vent\x12\x16\n\x06\x63ursor\x18\x02 \x01(\tR\x06\x63ursor\x12#\n\rdropped_count\x18\x03 \x01(\x03R\x0c\x64roppedCount\"\x16\n\x14GetCheckpointRequest\"\x9f\x01\n\nCheckpoint\x12\x12\n\x04note\x18\x01 \x01(\tR\x04note\x12\x1b\n\ttree_size\x18\x02 \x01(\x03R\x08treeSize\x12;\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12#\n\rverifier_keys\x18\x04 \x03(\tR\x0cverifierKeys\"e\n\x18GetInclusionProofRequest\x12#\n\x08\x65vent_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x07\x65ventId\x12$\n\ttree_size\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\x08treeSize\"\x86\x02\n\x0eInclusionProof\x12\x1d\n\nleaf_index\x18\x01 \x01(\x03R\tleafIndex\x12\x16\n\x06hashes\x18\x02 \x03(\x0cR\x06hashes\x12\x34\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x14.relay.v1.CheckpointR\ncheckpoint\x12\x12\n\x04leaf\x18\x04 \x01(\x0cR\x04leaf\x12\x39\n\x05salts\x18\x05 \x03(\x0b\x32#.relay.v1.InclusionProof.SaltsEntryR\x05salts\x1a\x38\n\nSaltsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"\x80\x01\n\x1aGetConsistencyProofRequest\x12/\n\x0f\x66irst_tree_size\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\rfirstTreeSize\x12\x31\n\x10second_tree_size\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\x0esecondTreeSize\"`\n\x10\x43onsistencyProof\x12\x16\n\x06hashes\x18\x01 \x03(\x0cR\x06hashes\x12\x34\n\ncheckpoint\x18\x02 \x01(\x0b\x32\x14.relay.v1.CheckpointR\ncheckpoint*|\n\x0c\x45ventOutcome\x12\x1d\n\x19\x45VENT_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45VENT_OUTCOME_SUCCESS\x10\x01\x12\x18\n\x14\x45VENT_OUTCOME_FAILED\x10\x02\x12\x18\n\x14\x45VENT_OUTCOME_DENIED\x10\x03*\x9c\x01\n\tActorType\x12\x1a\n\x16\x41\x43TOR_TYPE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x43TOR_TYPE_API_KEY\x10\x01\x12\x13\n\x0f\x41\x43TOR_TYPE_USER\x10\x02\x12\x15\n\x11\x41\x43TOR_TYPE_SYSTEM\x10\x03\x12\x17\n\x13\x41\x43TOR_TYPE_OPERATOR\x10\x04\x12\x16\n\x12\x41\x43TOR_TYPE_UNKNOWN\x10\x05*u\n\x0c\x45xportFormat\x12\x1d\n\x19\x45XPORT_FORMAT_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45XPORT_FORMAT_JSONL\x10\x01\x12\x15\n\x11\x45XPORT_FORMAT_CSV\x10\x02\x12\x16\n\x12\x45XPORT_FORMAT_OCSF\x10\x03\x32\xff\x06\n\x0c\x41uditService\x12q\n\nListEvents\x12\x1b.relay.v1.ListEventsRequest\x1a\x1c.relay.v1.ListEventsResponse\"(\xaa\xbb\x18\x12\x08\x02\x12\naudit:read\x18\x01(\x01\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/events\x12\x65\n\x08GetEvent\x12\x19.relay.v1.GetEventRequest\x1a\x0f.relay.v1.Event\"-\xaa\xbb\x18\x12\x08\x02\x12\naudit:read\x18\x01(\x01\x82\xd3\xe4\x93\x02\x11\x12\x0f/v1/events/{id}\x12\x85\x01\n\x0c\x45xportEvents\x12\x1d.relay.v1.ExportEventsRequest\x1a\x1e.relay.v1.ExportEventsResponse\"4\xaa\xbb\x18\x14\x08\x02\x12\x0c\x61udit:export\x18\x01(\x01\x82\xd3\xe4\x93\x02\x16\"\x11/v1/events:export:\x01*0\x01\x12x\n\nTailEvents\x12\x1b.relay.v1.TailEventsRequest\x1a\x1c.relay.v1.TailEventsResponse\"-\xaa\xbb\x18\x12\x08\x02\x12\naudit:read\x18\x01(\x01\x82\xd3\xe4\x93\x02\x11\x12\x0f/v1/events:tail0\x01\x12q\n\rGetCheckpoint\x12\x1e.relay.v1.GetCheckpointRequest\x1a\x14.relay.v1.Checkpoint\"*\xaa\xbb\x18\x10\x08\x02\x12\naudit:read\x18\x01\x82\xd3\xe4\x93\x02\x10\x12\x0e/v1/checkpoint\x12\x93\x01\n\x11GetInclusionProof\x12\".relay.v1.GetInclusionProofRequest\x1a\x18.relay.v1.InclusionProof\"@\xaa\xbb\x18\x10\x08\x02\x12\naudit:read\x18\x01\x82\xd3\xe4\x93\x02&\x12$/v1/events/{event_id}/inclusionProof\x12\x89\x01\n\x13GetConsistencyProof\x12$.relay.v1.GetConsistencyProofRequest\x1a\x1a.relay.v1.ConsistencyProof\"0\xaa\xbb\x18\x10\x08\x02\x12\naudit:read\x18\x01\x82\xd3\xe4\x93\x02\x16\x12\x14/v1/consistencyProofb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -60,6 +60,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETINCLUSIONPROOFREQUEST'].fields_by_name['event_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_GETINCLUSIONPROOFREQUEST'].fields_by_name['tree_size']._loaded_options = None
   _globals['_GETINCLUSIONPROOFREQUEST'].fields_by_name['tree_size']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_INCLUSIONPROOF_SALTSENTRY']._loaded_options = None
+  _globals['_INCLUSIONPROOF_SALTSENTRY']._serialized_options = b'8\001'
   _globals['_GETCONSISTENCYPROOFREQUEST'].fields_by_name['first_tree_size']._loaded_options = None
   _globals['_GETCONSISTENCYPROOFREQUEST'].fields_by_name['first_tree_size']._serialized_options = b'\272H\004\"\002(\000'
   _globals['_GETCONSISTENCYPROOFREQUEST'].fields_by_name['second_tree_size']._loaded_options = None
@@ -78,42 +80,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUDITSERVICE'].methods_by_name['GetInclusionProof']._serialized_options = b'\252\273\030\020\010\002\022\naudit:read\030\001\202\323\344\223\002&\022$/v1/events/{event_id}/inclusionProof'
   _globals['_AUDITSERVICE'].methods_by_name['GetConsistencyProof']._loaded_options = None
   _globals['_AUDITSERVICE'].methods_by_name['GetConsistencyProof']._serialized_options = b'\252\273\030\020\010\002\022\naudit:read\030\001\202\323\344\223\002\026\022\024/v1/consistencyProof'
-  _globals['_EVENTOUTCOME']._serialized_start=2461
-  _globals['_EVENTOUTCOME']._serialized_end=2585
-  _globals['_ACTORTYPE']._serialized_start=2588
-  _globals['_ACTORTYPE']._serialized_end=2744
-  _globals['_EXPORTFORMAT']._serialized_start=2746
-  _globals['_EXPORTFORMAT']._serialized_end=2863
+  _globals['_EVENTOUTCOME']._serialized_start=2782
+  _globals['_EVENTOUTCOME']._serialized_end=2906
+  _globals['_ACTORTYPE']._serialized_start=2909
+  _globals['_ACTORTYPE']._serialized_end=3065
+  _globals['_EXPORTFORMAT']._serialized_start=3067
+  _globals['_EXPORTFORMAT']._serialized_end=3184
   _globals['_ACTOR']._serialized_start=181
   _globals['_ACTOR']._serialized_end=265
   _globals['_EVENT']._serialized_start=268
-  _globals['_EVENT']._serialized_end=897
-  _globals['_LISTEVENTSREQUEST']._serialized_start=900
-  _globals['_LISTEVENTSREQUEST']._serialized_end=1320
-  _globals['_LISTEVENTSRESPONSE']._serialized_start=1322
-  _globals['_LISTEVENTSRESPONSE']._serialized_end=1423
-  _globals['_GETEVENTREQUEST']._serialized_start=1425
-  _globals['_GETEVENTREQUEST']._serialized_end=1468
-  _globals['_EXPORTEVENTSREQUEST']._serialized_start=1471
-  _globals['_EXPORTEVENTSREQUEST']._serialized_end=1666
-  _globals['_EXPORTEVENTSRESPONSE']._serialized_start=1668
-  _globals['_EXPORTEVENTSRESPONSE']._serialized_end=1712
-  _globals['_TAILEVENTSREQUEST']._serialized_start=1714
-  _globals['_TAILEVENTSREQUEST']._serialized_end=1767
-  _globals['_TAILEVENTSRESPONSE']._serialized_start=1769
-  _globals['_TAILEVENTSRESPONSE']._serialized_end=1852
-  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1854
-  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1876
-  _globals['_CHECKPOINT']._serialized_start=1878
-  _globals['_CHECKPOINT']._serialized_end=2000
-  _globals['_GETINCLUSIONPROOFREQUEST']._serialized_start=2002
-  _globals['_GETINCLUSIONPROOFREQUEST']._serialized_end=2103
-  _globals['_INCLUSIONPROOF']._serialized_start=2105
-  _globals['_INCLUSIONPROOF']._serialized_end=2230
-  _globals['_GETCONSISTENCYPROOFREQUEST']._serialized_start=2233
-  _globals['_GETCONSISTENCYPROOFREQUEST']._serialized_end=2361
-  _globals['_CONSISTENCYPROOF']._serialized_start=2363
-  _globals['_CONSISTENCYPROOF']._serialized_end=2459
-  _globals['_AUDITSERVICE']._serialized_start=2866
-  _globals['_AUDITSERVICE']._serialized_end=3761
+  _globals['_EVENT']._serialized_end=1005
+  _globals['_LISTEVENTSREQUEST']._serialized_start=1008
+  _globals['_LISTEVENTSREQUEST']._serialized_end=1428
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=1430
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=1531
+  _globals['_GETEVENTREQUEST']._serialized_start=1533
+  _globals['_GETEVENTREQUEST']._serialized_end=1576
+  _globals['_EXPORTEVENTSREQUEST']._serialized_start=1579
+  _globals['_EXPORTEVENTSREQUEST']._serialized_end=1774
+  _globals['_EXPORTEVENTSRESPONSE']._serialized_start=1776
+  _globals['_EXPORTEVENTSRESPONSE']._serialized_end=1820
+  _globals['_TAILEVENTSREQUEST']._serialized_start=1822
+  _globals['_TAILEVENTSREQUEST']._serialized_end=1875
+  _globals['_TAILEVENTSRESPONSE']._serialized_start=1877
+  _globals['_TAILEVENTSRESPONSE']._serialized_end=1997
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1999
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=2021
+  _globals['_CHECKPOINT']._serialized_start=2024
+  _globals['_CHECKPOINT']._serialized_end=2183
+  _globals['_GETINCLUSIONPROOFREQUEST']._serialized_start=2185
+  _globals['_GETINCLUSIONPROOFREQUEST']._serialized_end=2286
+  _globals['_INCLUSIONPROOF']._serialized_start=2289
+  _globals['_INCLUSIONPROOF']._serialized_end=2551
+  _globals['_INCLUSIONPROOF_SALTSENTRY']._serialized_start=2495
+  _globals['_INCLUSIONPROOF_SALTSENTRY']._serialized_end=2551
+  _globals['_GETCONSISTENCYPROOFREQUEST']._serialized_start=2554
+  _globals['_GETCONSISTENCYPROOFREQUEST']._serialized_end=2682
+  _globals['_CONSISTENCYPROOF']._serialized_start=2684
+  _globals['_CONSISTENCYPROOF']._serialized_end=2780
+  _globals['_AUDITSERVICE']._serialized_start=3187
+  _globals['_AUDITSERVICE']._serialized_end=4082
 # @@protoc_insertion_point(module_scope)

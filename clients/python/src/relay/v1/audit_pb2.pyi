@@ -62,7 +62,7 @@ class Actor(_message.Message):
     def __init__(self, type: _Optional[_Union[ActorType, str]] = ..., id: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("id", "event_time", "actor", "action", "target", "catalogue_action", "provider", "outcome", "reason", "scopes", "request_id", "trace_id", "idempotency_key_hash", "parameters_hash", "parameters_prefix", "peer", "duration", "count")
+    __slots__ = ("id", "event_time", "actor", "action", "target", "catalogue_action", "provider", "outcome", "reason", "scopes", "request_id", "trace_id", "idempotency_key_hash", "parameters_hash", "parameters_prefix", "peer", "duration", "count", "note", "leaf_index", "erased_fields")
     ID_FIELD_NUMBER: _ClassVar[int]
     EVENT_TIME_FIELD_NUMBER: _ClassVar[int]
     ACTOR_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +81,9 @@ class Event(_message.Message):
     PEER_FIELD_NUMBER: _ClassVar[int]
     DURATION_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    LEAF_INDEX_FIELD_NUMBER: _ClassVar[int]
+    ERASED_FIELDS_FIELD_NUMBER: _ClassVar[int]
     id: str
     event_time: _timestamp_pb2.Timestamp
     actor: Actor
@@ -99,7 +102,10 @@ class Event(_message.Message):
     peer: str
     duration: _duration_pb2.Duration
     count: int
-    def __init__(self, id: _Optional[str] = ..., event_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., actor: _Optional[_Union[Actor, _Mapping]] = ..., action: _Optional[str] = ..., target: _Optional[str] = ..., catalogue_action: _Optional[str] = ..., provider: _Optional[str] = ..., outcome: _Optional[_Union[EventOutcome, str]] = ..., reason: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ..., trace_id: _Optional[str] = ..., idempotency_key_hash: _Optional[str] = ..., parameters_hash: _Optional[str] = ..., parameters_prefix: _Optional[str] = ..., peer: _Optional[str] = ..., duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., count: _Optional[int] = ...) -> None: ...
+    note: str
+    leaf_index: int
+    erased_fields: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., event_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., actor: _Optional[_Union[Actor, _Mapping]] = ..., action: _Optional[str] = ..., target: _Optional[str] = ..., catalogue_action: _Optional[str] = ..., provider: _Optional[str] = ..., outcome: _Optional[_Union[EventOutcome, str]] = ..., reason: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ..., trace_id: _Optional[str] = ..., idempotency_key_hash: _Optional[str] = ..., parameters_hash: _Optional[str] = ..., parameters_prefix: _Optional[str] = ..., peer: _Optional[str] = ..., duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., count: _Optional[int] = ..., note: _Optional[str] = ..., leaf_index: _Optional[int] = ..., erased_fields: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListEventsRequest(_message.Message):
     __slots__ = ("page_size", "page_token", "action", "provider", "outcome", "actor_id", "request_id", "start_time", "end_time")
@@ -160,26 +166,30 @@ class TailEventsRequest(_message.Message):
     def __init__(self, cursor: _Optional[str] = ...) -> None: ...
 
 class TailEventsResponse(_message.Message):
-    __slots__ = ("event", "cursor")
+    __slots__ = ("event", "cursor", "dropped_count")
     EVENT_FIELD_NUMBER: _ClassVar[int]
     CURSOR_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_COUNT_FIELD_NUMBER: _ClassVar[int]
     event: Event
     cursor: str
-    def __init__(self, event: _Optional[_Union[Event, _Mapping]] = ..., cursor: _Optional[str] = ...) -> None: ...
+    dropped_count: int
+    def __init__(self, event: _Optional[_Union[Event, _Mapping]] = ..., cursor: _Optional[str] = ..., dropped_count: _Optional[int] = ...) -> None: ...
 
 class GetCheckpointRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Checkpoint(_message.Message):
-    __slots__ = ("note", "tree_size", "create_time")
+    __slots__ = ("note", "tree_size", "create_time", "verifier_keys")
     NOTE_FIELD_NUMBER: _ClassVar[int]
     TREE_SIZE_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_KEYS_FIELD_NUMBER: _ClassVar[int]
     note: str
     tree_size: int
     create_time: _timestamp_pb2.Timestamp
-    def __init__(self, note: _Optional[str] = ..., tree_size: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    verifier_keys: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, note: _Optional[str] = ..., tree_size: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., verifier_keys: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetInclusionProofRequest(_message.Message):
     __slots__ = ("event_id", "tree_size")
@@ -190,14 +200,25 @@ class GetInclusionProofRequest(_message.Message):
     def __init__(self, event_id: _Optional[str] = ..., tree_size: _Optional[int] = ...) -> None: ...
 
 class InclusionProof(_message.Message):
-    __slots__ = ("leaf_index", "hashes", "checkpoint")
+    __slots__ = ("leaf_index", "hashes", "checkpoint", "leaf", "salts")
+    class SaltsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     LEAF_INDEX_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    LEAF_FIELD_NUMBER: _ClassVar[int]
+    SALTS_FIELD_NUMBER: _ClassVar[int]
     leaf_index: int
     hashes: _containers.RepeatedScalarFieldContainer[bytes]
     checkpoint: Checkpoint
-    def __init__(self, leaf_index: _Optional[int] = ..., hashes: _Optional[_Iterable[bytes]] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ...) -> None: ...
+    leaf: bytes
+    salts: _containers.ScalarMap[str, str]
+    def __init__(self, leaf_index: _Optional[int] = ..., hashes: _Optional[_Iterable[bytes]] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., leaf: _Optional[bytes] = ..., salts: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class GetConsistencyProofRequest(_message.Message):
     __slots__ = ("first_tree_size", "second_tree_size")

@@ -79,37 +79,45 @@ class AuditServiceServicer:
     """
 
     def ListEvents(self, request, context):
-        """Lists events, newest first.
+        """Lists events, newest first. Errors: DATA_LOSS where one of the page was taken
+        from the log.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetEvent(self, request, context):
-        """Returns one event. Errors: NOT_FOUND. Not built yet: UNIMPLEMENTED.
+        """Returns one event. Errors: NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportEvents(self, request, context):
-        """Sends every event of a range, oldest first. Not built yet: UNIMPLEMENTED.
+        """Sends every event that was added to the log in a range of time, in the log's
+        order. As EXPORT_FORMAT_JSONL it can be verified offline: its last line proves
+        that the lines above are the log's. Errors: INVALID_ARGUMENT where a time lies
+        in the future, UNAVAILABLE where the range is not in a signed log yet, ABORTED
+        where retention takes events of it meanwhile, DATA_LOSS where the log was
+        damaged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def TailEvents(self, request, context):
-        """Sends events as they are logged, in order, at least once, from a cursor on.
-        Not built yet: UNIMPLEMENTED.
+        """Sends events as they are added to the log, in order, at least once, from a
+        cursor on. What comes first is the cursor alone, from which the tail goes on
+        however early it breaks off. Errors: INVALID_ARGUMENT where the cursor is not
+        of this workspace's log.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetCheckpoint(self, request, context):
-        """Returns the newest signed checkpoint of the workspace's log. Not built yet:
-        UNIMPLEMENTED.
+        """Returns the newest signed checkpoint of the workspace's log. Errors:
+        UNAVAILABLE while nothing was logged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,15 +125,18 @@ class AuditServiceServicer:
 
     def GetInclusionProof(self, request, context):
         """Proves that an event is in the log of a checkpoint (RFC 6962). Errors:
-        NOT_FOUND. Not built yet: UNIMPLEMENTED.
+        NOT_FOUND, UNAVAILABLE while the event is not in the log yet,
+        INVALID_ARGUMENT where no checkpoint of that size is kept, or where the event
+        is not in it yet, DATA_LOSS where the log was damaged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetConsistencyProof(self, request, context):
-        """Proves that one checkpoint's log is a prefix of another's (RFC 6962). Not
-        built yet: UNIMPLEMENTED.
+        """Proves that one checkpoint's log is a prefix of another's (RFC 6962). Errors:
+        INVALID_ARGUMENT where no newer checkpoint of that size is kept, or where it
+        is smaller than the older one, DATA_LOSS where the log was damaged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
