@@ -31,8 +31,23 @@ class Tenant:
     viewer: str = ""
 
 
+class OnDatabase:
+    """What has a database. url: as its superuser."""
+
+    url: str
+
+    async def sql(self, query: str, *arguments: Any) -> list[asyncpg.Record]:
+        """Rows of a query as superuser: what is really there, past every wall."""
+        connection = await asyncpg.connect(self.url)
+        try:
+            rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
+            return rows
+        finally:
+            await connection.close()
+
+
 @dataclass
-class Relay:
+class Relay(OnDatabase):
     """A running server and its first tenant. url: of the database, as its superuser."""
 
     app: App
@@ -52,15 +67,6 @@ class Relay:
         async with self.connect(tenant.admin) as relay:
             tenant.viewer = (await relay.auth.create_api_key("viewer", "viewer")).secret
         return tenant
-
-    async def sql(self, query: str, *arguments: Any) -> list[asyncpg.Record]:
-        """Rows of a query as superuser: what is really there, past every wall."""
-        connection = await asyncpg.connect(self.url)
-        try:
-            rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
-            return rows
-        finally:
-            await connection.close()
 
 
 class Databases:

@@ -71,9 +71,11 @@ class Caller:
         return await answer(getattr(self.stub, f"{rpc}Execution")(request, metadata=self.metadata))
 
     async def get(self, execution_id: str) -> actions_pb2.Execution:
-        return await answer(
-            self.stub.GetExecution(actions_pb2.GetExecutionRequest(id=execution_id), metadata=self.metadata)
-        )
+        """As other RPCs tell it: without its events."""
+        request = actions_pb2.GetExecutionRequest(id=execution_id)
+        execution = await answer(self.stub.GetExecution(request, metadata=self.metadata))
+        execution.ClearField("events")
+        return execution
 
     async def ended(self, execution_id: str) -> actions_pb2.Execution:
         """The execution, once no attempt of it is under way."""

@@ -26,7 +26,7 @@ async def test_what_waits_is_cancelled_at_once(relay: Relay, caller: Caller) -> 
     assert not cancelled.HasField("next_attempt_time")
     assert cancelled == await caller.get(waiting.id)
     [event] = await relay.sql(
-        "SELECT status, provider, action_type FROM audit_logs WHERE action = $1 AND target = $2",
+        "SELECT status, provider, action_type FROM audit_events WHERE action = $1 AND target = $2",
         "ActionsService.CancelExecution",
         f"executions/{waiting.id}",
     )

@@ -38,7 +38,7 @@ async def blocked(relay: Relay) -> None:
 
 async def events(relay: Relay, request_id: str) -> list[tuple[str, str]]:
     """What the audit log says of a call, once it says something: outcomes and reasons."""
-    logged = f"SELECT status, reason FROM audit_logs WHERE request_id = '{request_id}'"
+    logged = f"SELECT status, reason FROM audit_events WHERE request_id = '{request_id}'"
     await eventually(lambda: relay.sql(logged))
     await asyncio.sleep(0.05)  # a second event would be a defect
     return [tuple(row) for row in await relay.sql(logged)]
@@ -186,7 +186,7 @@ async def test_at_whatever_moment_the_caller_leaves_it_happened_once_or_not_at_a
         assert await used_by(relay, preview) == by_preview.get(preview.id)
     executed = {str(row["id"]) for row in rows}
     logged = await relay.sql(
-        "SELECT request_id, status, target FROM audit_logs WHERE request_id = ANY($1)", request_ids
+        "SELECT request_id, status, target FROM audit_events WHERE request_id = ANY($1)", request_ids
     )
     assert len({row["request_id"] for row in logged}) == len(logged), "a call has two events"
     assert {row["target"].removeprefix("executions/") for row in logged if row["status"] == "success"} == executed
@@ -208,7 +208,7 @@ async def test_at_whatever_moment_a_change_is_cancelled_it_has_one_event_that_is
         call.cancel()
     await relay.sql("SELECT pg_sleep(0.2)")
     logged = await relay.sql(
-        "SELECT request_id, status, target FROM audit_logs WHERE request_id = ANY($1)", request_ids
+        "SELECT request_id, status, target FROM audit_events WHERE request_id = ANY($1)", request_ids
     )
     assert len({row["request_id"] for row in logged}) == len(logged), "a call has two events"
     made = {f"previews/{row['id']}" for row in await relay.sql("SELECT id FROM previews")}

@@ -37,7 +37,7 @@ async def end_lease(relay: Relay, execution_id: str) -> None:
 
 async def outcomes_in_audit_log(caller: Caller, execution_id: str) -> list[str]:
     rows = await caller.relay.sql(
-        "SELECT status FROM audit_logs WHERE action = 'delivery.attempt' AND target = $1 ORDER BY id",
+        "SELECT status FROM audit_events WHERE action = 'delivery.attempt' AND target = $1 ORDER BY id",
         f"executions/{execution_id}",
     )
     return [row["status"] for row in rows]

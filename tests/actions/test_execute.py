@@ -423,8 +423,22 @@ async def test_a_commit_whose_answer_is_lost_is_found_and_carried_out_at_once(
     execution = await caller.execute(preview, request_id=f"cut-off-{action}")
     assert execution.state == SUCCESS
     assert caller.receiver.ids() == [execution.id]
-    logged = await relay.sql("SELECT status, reason FROM audit_logs WHERE request_id = $1", f"cut-off-{action}")
+    logged = await relay.sql("SELECT status, reason FROM audit_events WHERE request_id = $1", f"cut-off-{action}")
     assert [tuple(row) for row in logged] == [("success", "")]
+
+
+@pytest.mark.parametrize("table", ["audit_logs", "audit_values", "audit_pending"])
+async def test_without_every_part_of_its_event_nothing_is_done(relay: Relay, caller: Caller, table: str) -> None:
+    preview = await caller.preview()
+    await relay.sql(f"ALTER TABLE {table} ADD CONSTRAINT refused CHECK (false) NOT VALID")
+    try:
+        with pytest.raises(errors.Internal):
+            await caller.execute(preview)
+    finally:
+        await relay.sql(f"ALTER TABLE {table} DROP CONSTRAINT refused")
+    assert await relay.sql("SELECT FROM action_executions WHERE preview_id = $1", preview.id) == []
+    execution = await caller.execute(preview)
+    assert caller.receiver.ids() == [execution.id]
 
 
 async def test_the_default_key_is_the_preview(caller: Caller) -> None:

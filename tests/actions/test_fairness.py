@@ -17,6 +17,7 @@ from relay_grpc.actions import lanes, leases
 from relay_grpc.actions.catalogue import CATALOGUE
 from relay_grpc.actions.lanes import Lanes
 from relay_grpc.db import Database
+from relay_grpc.ids import uuid7
 from tests.actions.caller import Caller, calling, ended_as, eventually
 from tests.harness import Databases, Receiver, Relay, running, settings_for
 
@@ -32,10 +33,10 @@ async def queue(connection: Any, target: UUID, count: int, action: str = "webhoo
            connection_id, parameters, traceparent, delivery, status, next_attempt_at)
         SELECT id, workspace_id, '', id, '', id, provider, $3, 1, connection_id, '{"payload":{}}',
                '00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00', 'at_least_once', 'pending', clock_timestamp()
-          FROM (SELECT gen_random_uuid() AS id, workspace_id, provider, c.id AS connection_id
-                  FROM connections c, generate_series(1, $2) WHERE c.id = $1) each
+          FROM (SELECT made AS id, workspace_id, provider, c.id AS connection_id
+                  FROM connections c, unnest($2::uuid[]) made WHERE c.id = $1) each
         """,
-        *(target, count, action),
+        *(target, [uuid7() for _ in range(count)], action),
     )
 
 

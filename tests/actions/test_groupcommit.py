@@ -13,7 +13,7 @@ from relay_grpc.db import Database
 from relay_grpc.groupcommit import MAX_BATCH, GroupCommit
 from relay_grpc.telemetry import Metrics
 from tests.actions.caller import eventually
-from tests.harness import Databases
+from tests.harness import Databases, OnDatabase
 
 QUEUE = "test"
 CUT = """
@@ -22,7 +22,7 @@ CUT = """
 """
 
 
-class Numbers:
+class Numbers(OnDatabase):
     """A table of numbers, which refuses negative ones, behind group commit; a flush waits while `gate` is closed."""
 
     def __init__(self, url: str, db: Database) -> None:
@@ -50,14 +50,6 @@ class Numbers:
 
     async def written(self) -> list[int]:
         return [row["number"] for row in await self.sql("SELECT number FROM numbers ORDER BY position")]
-
-    async def sql(self, query: str) -> list[asyncpg.Record]:
-        connection = await asyncpg.connect(self.url)
-        try:
-            rows: list[asyncpg.Record] = await connection.fetch(query)
-            return rows
-        finally:
-            await connection.close()
 
     def sample(self, suffix: str) -> float:
         return self.metrics.registry.get_sample_value(f"relay_group_commit_size_{suffix}", {"queue": QUEUE}) or 0

@@ -80,7 +80,7 @@ class Clinic:
 
     async def events(self, id_: UUID) -> list[tuple[str, str]]:
         rows = await self.sql.fetch(
-            "SELECT action, reason FROM audit_logs WHERE workspace_id = $1 AND target = $2 ORDER BY created_at, id",
+            "SELECT action, reason FROM audit_events WHERE workspace_id = $1 AND target = $2 ORDER BY created_at, id",
             self.workspace_id,
             f"connections/{id_}",
         )

@@ -72,12 +72,12 @@ async def test_it_is_settled_by_hand_with_the_reason_kept(relay: Relay, caller: 
     assert settled.state == state
     assert settled.HasField("end_time")
     [event] = await relay.sql(
-        "SELECT status, reason FROM audit_logs WHERE action = $1 AND target = $2",
+        "SELECT status, reason, note FROM audit_events WHERE action = $1 AND target = $2",
         "ActionsService.ReconcileExecution",
         f"executions/{execution.id}",
     )
     word = "SUCCESS" if state == SUCCESS else "FAILED"
-    assert tuple(event) == ("success", f"{word}: seen in the receiver's log")
+    assert tuple(event) == ("success", word, "seen in the receiver's log")
     with pytest.raises(errors.FailedPrecondition) as refusal:
         await caller.do("Reconcile", execution.id, state=state, reason="again")
     assert (refusal.value.reason, refusal.value.metadata["state"]) == ("EXECUTION_STATE", word)

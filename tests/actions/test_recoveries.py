@@ -22,7 +22,7 @@ from relay_grpc.db import Database
 from relay_grpc.ids import first_uuid7
 from relay_grpc.telemetry import Metrics
 from tests.actions.caller import answer, answering, calling, eventually, received
-from tests.harness import Databases, Receiver, Relay, Tenant, running, settings_for
+from tests.harness import Databases, OnDatabase, Receiver, Relay, Tenant, running, settings_for
 from tests.ops.test_cli import Shell
 from tests.processes import started
 
@@ -30,7 +30,7 @@ START = datetime(2026, 1, 31, tzinfo=UTC)
 
 
 @dataclass
-class Failures:
+class Failures(OnDatabase):
     """Failed executions of a workspace, one made each millisecond from START on; what they wait for is a halt's end.
 
     url: of the database, as its superuser. ids: oldest first.
@@ -40,14 +40,6 @@ class Failures:
     workspace_id: UUID
     connection_id: UUID
     ids: list[UUID]
-
-    async def sql(self, query: str, *arguments: Any) -> list[asyncpg.Record]:
-        connection = await asyncpg.connect(self.url)
-        try:
-            rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
-            return rows
-        finally:
-            await connection.close()
 
     async def resent(self) -> dict[int, int]:
         """How many of them were sent anew how often; those that were are pending, with all their attempts anew."""
@@ -66,7 +58,8 @@ class Failures:
 
     async def events(self, recovery: actions_pb2.Recovery) -> list[str]:
         rows = await self.sql(
-            "SELECT action FROM audit_logs WHERE workspace_id = $1 AND target = $2 AND status = 'success' ORDER BY id",
+            "SELECT action FROM audit_events"
+            " WHERE workspace_id = $1 AND target = $2 AND status = 'success' ORDER BY id",
             self.workspace_id,
             f"recoveries/{recovery.id}",
         )
@@ -234,7 +227,7 @@ async def test_a_range_is_counted_and_recovered_and_nothing_beside_it(relay: Rel
     for one in (other, *left, unknown):
         assert await one.resent() == {0: len(one.ids)}
     reasons = await relay.sql(
-        "SELECT DISTINCT reason, target FROM audit_logs WHERE workspace_id = $1 AND reason <> ''",
+        "SELECT DISTINCT reason, target FROM audit_events WHERE workspace_id = $1 AND reason <> ''",
         recoverer.workspace_id,
     )
     assert {tuple(row) for row in reasons} == {

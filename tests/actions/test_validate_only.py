@@ -39,7 +39,7 @@ async def snapshot(relay: Relay) -> list[list[Any]]:
 async def events(relay: Relay, target: str) -> list[tuple[Any, ...]]:
     rows = await relay.sql(
         """
-        SELECT status, reason, action_type, provider, idempotency_key_hash <> '' FROM audit_logs
+        SELECT status, reason, action_type, provider, idempotency_key_hash <> '' FROM audit_events
          WHERE action = 'ActionsService.Execute' AND target = $1 ORDER BY id
         """,
         target,

@@ -16,7 +16,10 @@ from relay.v1 import actions_pb2, audit_pb2, auth_pb2, connections_pb2
 from relay_grpc.audit import recorder as recording
 from relay_grpc.audit.event import SYSTEM_WORKSPACE, ActorType, Event, Outcome
 from relay_grpc.audit.recorder import Recorder
+from relay_grpc.db import DatabaseUnusable
+from relay_grpc.ratelimit.overrides import set_limits
 from relay_grpc.telemetry import Metrics
+from tests.audit.breakages import BREAKAGES, no_event_can_be_written
 from tests.harness import Databases, Receiver, Relay, Tenant, running, settings_for
 from tests.rpc.wire import wired
 
@@ -30,25 +33,53 @@ async def own(databases: Databases, tmp_path_factory: pytest.TempPathFactory) ->
         yield relay
 
 
-@asynccontextmanager
-async def no_event_can_be_written(relay: Relay) -> AsyncIterator[None]:
-    await relay.sql("ALTER TABLE audit_logs ADD CONSTRAINT broken CHECK (false) NOT VALID")
-    try:
-        yield
-    finally:
-        await relay.sql("ALTER TABLE audit_logs DROP CONSTRAINT broken")
+@pytest.mark.long
+@pytest.mark.parametrize("what", BREAKAGES)
+async def test_whatever_keeps_an_event_from_the_log_keeps_its_change_from_happening(
+    own: Relay, receiver: Receiver, what: str, long: bool
+) -> None:
+    breakage, code = BREAKAGES[what]
+    times = 100 if long else 20
+    async with own.connect(own.tenant.admin) as client, wired(own) as wire:
+        connection = await client.connections.create_webhook(f"without {what}", receiver.url)
+        preview = await client.actions.preview("webhook.send", {"payload": {}}, connection_id=connection.id)
+        execute = actions_pb2.ExecuteRequest(preview_id=preview.id)
+        another = actions_pb2.PreviewRequest(action="webhook.send", connection_id=connection.id)
+        another.parameters.update({"payload": {}})
+        before = await stored(own)
+        async with breakage(own):
+            codes = [(await wire.call(EXECUTE, execute)).code for _ in range(times)]
+            codes += [(await wire.call("ActionsService.Preview", another)).code for _ in range(times)]
+            with pytest.raises(DatabaseUnusable):
+                await set_limits(own.url, "default", {"calls": 5})
+        assert set(codes) == {code}
+        assert receiver.requests == []
+        assert await stored(own) == before
+        assert (await wire.call(EXECUTE, execute)).code == "OK"
+        assert len(receiver.requests) == 1
 
 
 async def stored(relay: Relay) -> list[Any]:
     """Every row that a call can leave, as text."""
-    tables = ("api_keys", "connections", "connection_secrets", "previews", "action_executions", "execution_attempts")
+    tables = (
+        "workspaces",
+        "api_keys",
+        "connections",
+        "connection_secrets",
+        "previews",
+        "action_executions",
+        "execution_attempts",
+    )
     return [
         [tuple(row) for row in await relay.sql(f"SELECT to_jsonb(t) - 'last_used_at' FROM {table} t ORDER BY 1")]
         for table in (*tables, "audit_logs")
     ]
 
 
-async def test_a_change_whose_event_cant_be_written_is_refused_20_times_of_20(own: Relay, receiver: Receiver) -> None:
+@pytest.mark.long
+async def test_a_change_whose_event_cant_be_written_is_refused_each_time(
+    own: Relay, receiver: Receiver, long: bool
+) -> None:
     async with own.connect(own.tenant.admin) as client, wired(own) as wire:
         connection = await client.connections.create_webhook("target", receiver.url, default=True)
         preview = await client.actions.preview("webhook.send", {"payload": {}})
@@ -67,10 +98,11 @@ async def test_a_change_whose_event_cant_be_written_is_refused_20_times_of_20(ow
             (EXECUTE, actions_pb2.ExecuteRequest(preview_id=preview.id)),
             ("AuditService.ListEvents", audit_pb2.ListEventsRequest()),  # no change, and audited all the same
         ]
+        times = 100 if long else 20
         before = await stored(own)
         async with no_event_can_be_written(own):
             for name, request in changes:
-                codes = [(await wire.call(name, request)).code for _ in range(20 if name == EXECUTE else 4)]
+                codes = [(await wire.call(name, request)).code for _ in range(times if name == EXECUTE else 4)]
                 assert set(codes) == {"INTERNAL"}, name
         assert receiver.requests == []
         assert await stored(own) == before
@@ -93,7 +125,7 @@ async def locked(relay: Relay, table: str) -> AsyncIterator[None]:
 
 async def events_of(relay: Relay, tenant: Tenant, action: str) -> list[tuple[str, str]]:
     """Outcome and reason of the tenant's events, once there are some."""
-    query = "SELECT status, reason FROM audit_logs WHERE workspace_id = $1 AND action = $2"
+    query = "SELECT status, reason FROM audit_events WHERE workspace_id = $1 AND action = $2"
     async with asyncio.timeout(10):
         while True:
             rows = await relay.sql(query, tenant.workspace_id, action)
@@ -158,11 +190,10 @@ async def test_500_bad_keys_are_one_event_that_counts_them(relay: Relay, monkeyp
     monkeypatch.setattr(recording, "time", SimpleNamespace(time=lambda: now))
 
     async def counted() -> list[tuple[Any, ...]]:
-        rows = await relay.sql(
-            "SELECT workspace_id, actor_type, actor_id, peer, count FROM audit_logs WHERE action = $1 AND reason = $2",
-            "AuthService.WhoAmI",
-            "CREDENTIALS_INVALID",
+        query = (
+            "SELECT workspace_id, actor_type, actor_id, peer, count FROM audit_events WHERE action = $1 AND reason = $2"
         )
+        rows = await relay.sql(query, "AuthService.WhoAmI", "CREDENTIALS_INVALID")
         return [tuple(row) for row in rows]
 
     async with wired(relay) as wire:
@@ -200,7 +231,7 @@ async def test_more_callers_than_are_counted_by_name_are_counted_without(
         )
     await recorder.close()
     rows = await relay.sql(
-        "SELECT workspace_id, actor_type, actor_id, actor_name, peer, count FROM audit_logs WHERE action = $1",
+        "SELECT workspace_id, actor_type, actor_id, actor_name, peer, count FROM audit_events WHERE action = $1",
         action,
     )
     own = relay.tenant.workspace_id
@@ -209,3 +240,36 @@ async def test_more_callers_than_are_counted_by_name_are_counted_without(
         (own, "api_key", "key 1", "name 1", "192.0.2.1", 1),
         (SYSTEM_WORKSPACE, "unknown", "", "", "", 3),
     }
+
+
+async def test_a_rotation_names_both_keys_and_the_operators_limits_are_told(relay: Relay) -> None:
+    async with wired(relay) as wire:
+        old = (await wire.call("AuthService.CreateApiKey", auth_pb2.CreateApiKeyRequest(name="o", role="viewer"))).reply
+        new = (await wire.call("AuthService.RotateApiKey", auth_pb2.RotateApiKeyRequest(id=old.id))).reply
+    rows = await relay.sql("SELECT target, note, params_prefix FROM audit_events WHERE action LIKE '%RotateApiKey'")
+    assert [tuple(row) for row in rows] == [(f"apiKeys/{old.id}", f"apiKeys/{new.id}", f'{{"id":"{old.id}"}}')]
+    tenant = await relay.new_tenant()
+    (name,) = (await relay.sql("SELECT name FROM workspaces WHERE id = $1", tenant.workspace_id))[0]
+    await set_limits(relay.url, name, {"calls": 600_000, "executions": None})
+    rows = await relay.sql("SELECT params_prefix FROM audit_events WHERE action = 'operator.SetLimits'")
+    assert [row["params_prefix"] for row in rows] == ['{"calls":600000,"executions":null}']
+
+
+async def test_an_execute_that_is_refused_or_replayed_names_its_idempotency_key(
+    relay: Relay, receiver: Receiver
+) -> None:
+    tenant = await relay.new_tenant()
+    async with relay.connect(tenant.admin) as client, wired(relay, tenant.admin) as wire:
+        await client.connections.create_webhook("target", receiver.url, default=True)
+        previews = [await client.actions.preview("webhook.send", {"payload": {"n": n}}) for n in range(2)]
+        for preview in (previews[0], previews[0], previews[1]):
+            await wire.call(EXECUTE, actions_pb2.ExecuteRequest(preview_id=preview.id, idempotency_key="one"))
+    rows = await relay.sql(
+        """
+        SELECT status, reason, count(*), count(DISTINCT idempotency_key_hash) AS keys, min(length(idempotency_key_hash))
+          FROM audit_events WHERE workspace_id = $1 AND action = $2 GROUP BY 1, 2 ORDER BY 1
+        """,
+        tenant.workspace_id,
+        EXECUTE,
+    )
+    assert [tuple(row) for row in rows] == [("success", "", 2, 1, 64), ("failed", "IDEMPOTENCY_KEY_REUSED", 1, 1, 64)]

@@ -1,13 +1,19 @@
 """What an event says, what it hides, and how it is found again."""
 
 import hashlib
+import random
 from datetime import UTC, datetime, timedelta
+from itertools import combinations
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
+import pytest
+from relay import errors
 from relay.v1 import actions_pb2, audit_pb2
 
-from relay_grpc.audit.event import keyed_hash
+from relay_grpc.audit.event import Outcome, keyed_hash
+from tests.audit.log import event_at, log_events
 from tests.harness import Receiver, Relay
 from tests.rpc.wire import wired
 
@@ -35,8 +41,8 @@ async def test_equal_parameters_and_keys_have_equal_hashes_in_one_workspace_alon
 
 def test_a_keyed_hash_depends_on_key_workspace_and_text() -> None:
     one, other = UUID(int=1), UUID(int=2)
-    assert keyed_hash(b"k", one, "text") == keyed_hash(b"k", one, "text")
-    assert len({keyed_hash(key, at, text) for key in (b"k", b"l") for at in (one, other) for text in ("a", "b")}) == 8
+    assert keyed_hash(b"k", one, b"text") == keyed_hash(b"k", one, b"text")
+    assert len({keyed_hash(key, at, text) for key in (b"k", b"l") for at in (one, other) for text in (b"a", b"b")}) == 8
 
 
 async def test_an_event_tells_who_did_what_to_what_and_how_it_ended(relay: Relay, receiver: Receiver) -> None:
@@ -98,3 +104,56 @@ async def test_each_filter_lets_through_what_it_names(relay: Relay, receiver: Re
         assert await found(provider="independent", end_time=at) == set()
         assert await found(provider="independent", start_time=at + timedelta(microseconds=1)) == set()
         assert await found(action="no such action") == set()
+
+
+async def test_any_filters_together_let_through_what_each_of_them_does(relay: Relay) -> None:
+    """All subsets of them, with the values of one event, and with some that may go with no event."""
+    tenant = await relay.new_tenant()
+    now = datetime.now(UTC)
+    events = [
+        event_at(
+            now - timedelta(hours=n),
+            tenant.workspace_id,
+            action=random.choice(("test.A", "test.B")),
+            provider=random.choice(("", "one", "two")),
+            status=random.choice(list(Outcome)),
+            actor_id=random.choice(("", "ann", "bob")),
+            request_id=random.choice(("", "first", "second")),
+        )
+        for n in range(1, 61)
+    ]
+    await log_events(relay.url, events)
+    past = {"start_time": now - timedelta(hours=50, minutes=30), "end_time": now - timedelta(hours=9, minutes=30)}
+    names = ("action", "provider", "status", "actor_id", "request_id")
+    async with relay.connect(tenant.admin) as client:
+        for asked in [subset for size in range(len(names) + 1) for subset in combinations(names, size)]:
+            one = random.choice(events)
+            of_one = {name: getattr(one, name) for name in asked}
+            of_any = {name: getattr(random.choice(events), name) for name in asked}
+            for values in (of_one, of_any):
+                filters = {name: value for name, value in values.items() if value}  # an empty one is none
+                expected = [
+                    str(event.id)
+                    for event in events[9:50]
+                    if all(getattr(event, name) == value for name, value in filters.items())
+                ]
+                if status := filters.pop("status", None):
+                    filters["outcome"] = f"EVENT_OUTCOME_{status.upper()}"
+                listed = client.audit.list_events(**filters, **past, page_size=random.choice((1, 3, 0)))
+                assert [event.id async for event in listed] == expected, values
+
+
+async def test_an_event_that_is_gone_hides_none_of_those_before_it(relay: Relay) -> None:
+    tenant = await relay.new_tenant()
+    now = datetime.now(UTC)
+    events = [event_at(now - timedelta(hours=n), tenant.workspace_id, actor_id="ann") for n in range(3)]
+    await log_events(relay.url, events)
+    async with relay.connect(tenant.admin) as client:
+        assert len([event async for event in client.audit.list_events(actor_id="ann")]) == 3
+        connection = await asyncpg.connect(relay.url)
+        await connection.execute("SET session_replication_role = replica")  # past the triggers
+        await connection.execute("DELETE FROM audit_logs WHERE id = $1", events[1].id)
+        await connection.close()
+        with pytest.raises(errors.RelayError) as damage:
+            _ = [event async for event in client.audit.list_events(actor_id="ann")]
+    assert damage.value.reason == "LOG_DAMAGED"

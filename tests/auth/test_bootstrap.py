@@ -16,13 +16,13 @@ from relay_grpc.db import DatabaseUnusable
 from relay_grpc.embedded import EmbeddedPostgres
 from relay_grpc.owner import as_owner
 from relay_grpc.settings import Settings
-from tests.harness import Databases, Receiver, running, settings_for
+from tests.harness import Databases, OnDatabase, Receiver, running, settings_for
 
 SECRET = "a secret of 24 to 64 characters"
 
 
 @dataclass
-class Operator:
+class Operator(OnDatabase):
     """Somebody with a database of their own and its password."""
 
     url: str
@@ -35,16 +35,8 @@ class Operator:
         environ = {"WEBHOOK_URL": webhook_url, "ACTIONS_SIGNING_SECRET": secret} if webhook_url else {}
         return await bootstrap(self.url, self.settings(**environ), **options)
 
-    async def sql(self, query: str) -> list[asyncpg.Record]:
-        connection = await asyncpg.connect(self.url)
-        try:
-            rows: list[asyncpg.Record] = await connection.fetch(query)
-            return rows
-        finally:
-            await connection.close()
-
     async def everything(self) -> dict[str, list[asyncpg.Record]]:
-        tables = ("workspaces", "api_keys", "connections", "connection_secrets", "audit_logs")
+        tables = ("workspaces", "api_keys", "connections", "connection_secrets", "audit_logs", "audit_values")
         return {table: await self.sql(f"SELECT * FROM {table} ORDER BY id") for table in tables}
 
 
@@ -70,7 +62,7 @@ async def test_the_first_start_makes_a_workspace_and_two_keys_that_are_told_once
 
 async def test_every_step_of_the_operator_is_in_the_audit_log(operator: Operator) -> None:
     made = await operator.starts("https://receiver.example/hook")
-    events = await operator.sql("SELECT * FROM audit_logs ORDER BY id")
+    events = await operator.sql("SELECT * FROM audit_events ORDER BY id")
     assert [event["action"] for event in events] == [
         "operator.CreateWorkspace",
         "operator.CreateApiKey",

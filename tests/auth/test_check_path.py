@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import asyncpg
 import grpc
 import pytest
 from relay.v1 import auth_pb2
@@ -26,7 +25,7 @@ from relay_grpc.settings import Settings
 from tests.actions.caller import eventually
 from tests.auth.forgery import forged, mistyped
 from tests.auth.instance import an_instance
-from tests.harness import Databases, settings_for
+from tests.harness import Databases, OnDatabase, settings_for
 from tests.processes import served
 
 pytestmark = pytest.mark.long
@@ -37,21 +36,13 @@ GUESSERS, TENANT = ("198.51.100.7", "198.51.100.8", "198.51.100.9"), "192.0.2.1"
 
 
 @dataclass
-class Crowded:
+class Crowded(OnDatabase):
     """A database with very many keys. usable: the texts of those that were told."""
 
     url: str
     settings: Settings
     folder: Path
     usable: Sequence[str]
-
-    async def sql(self, query: str, *arguments: Any) -> list[asyncpg.Record]:
-        connection = await asyncpg.connect(self.url)
-        try:
-            rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
-            return rows
-        finally:
-            await connection.close()
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,7 @@ async def test_a_caller_that_goes_away_has_rotated_or_not_and_has_one_event(rela
     await asyncio.sleep(0.5)  # what was under way ends
     outcomes = set()
     for victim in victims:
-        logged = await relay.sql("SELECT status, target, reason FROM audit_logs WHERE request_id = $1", victim.id)
+        logged = await relay.sql("SELECT status, target, reason FROM audit_events WHERE request_id = $1", victim.id)
         rotated = len(await relay.sql("SELECT FROM api_keys WHERE lineage_id = $1", UUID(victim.id))) == 2
         outcome = ("success", "") if rotated else ("failed", "CANCELLED")
         if rotated or logged:  # a call that never arrived leaves nothing

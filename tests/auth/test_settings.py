@@ -84,6 +84,8 @@ def test_all_problems_are_told_together_each_with_its_variable() -> None:
             "RELAY_TRUSTED_PROXIES": "proxy.example",
             "RELAY_OIDC_ISSUERS": "https://login.example",
             "RELAY_HASH_KEY": "short",
+            "RELAY_AUDIT_KEYS": "k1:c2hvcnQ=",
+            "RELAY_AUDIT_CHECKPOINTS": "s3://checkpoints",
             "RELAY_LOG_LEVEL": "LOUD",
             "WEBHOOK_URL": "ftp://receiver.example",
             "ACTIONS_SIGNING_SECRET": "x" * 24,
@@ -105,6 +107,8 @@ def test_all_problems_are_told_together_each_with_its_variable() -> None:
         "RELAY_TRUSTED_PROXIES",
         "RELAY_OIDC_ISSUERS",
         "RELAY_HASH_KEY",
+        "RELAY_AUDIT_KEYS",
+        "RELAY_AUDIT_CHECKPOINTS",
         "RELAY_LOG_LEVEL",
         "WEBHOOK_URL",
         "WEBHOOK_URL and ACTIONS_SIGNING_SECRET",
@@ -130,6 +134,11 @@ def test_all_problems_are_told_together_each_with_its_variable() -> None:
             "RELAY_TRUSTED_PROXIES: who trusts all addresses believes every caller; name the proxies",
         ),
         ({"RELAY_HASH_KEY": ""}, "RELAY_HASH_KEY: production needs one; `relay keygen` makes it"),
+        ({"RELAY_AUDIT_KEYS": ""}, "RELAY_AUDIT_KEYS: production needs one; `relay keygen` makes it"),
+        (
+            {"RELAY_AUDIT_CHECKPOINTS": "http://witness.example/relay"},
+            "RELAY_AUDIT_CHECKPOINTS: production pushes to https:// alone",
+        ),
         (
             {"RELAY_LISTEN": "0.0.0.0:50051"},
             "RELAY_LISTEN: 0.0.0.0:50051 would serve plaintext to the network; set RELAY_TLS_CERTIFICATE and "
@@ -159,6 +168,7 @@ def test_each_unsafe_combination_in_production_is_refused_with_its_sentence(
             {"RELAY_ENCRYPTION_KEYS": f"k1:{KEY},k1:{OTHER_KEY}"},
             "RELAY_ENCRYPTION_KEYS: two keys have the same id",
         ),
+        ({"RELAY_AUDIT_KEYS": f"k1:{KEY},k1:{OTHER_KEY}"}, "RELAY_AUDIT_KEYS: two keys have the same id"),
         (
             {"RELAY_OIDC_ISSUERS": "https://login.example a, https://login.example b"},
             "RELAY_OIDC_ISSUERS: an issuer is there twice",
@@ -229,6 +239,51 @@ def test_issuers_are_read_as_they_are_written(issuers: str, read: list[tuple[str
     assert [(one.url, one.audience) for one in settings.oidc_issuers] == read
 
 
+@pytest.mark.parametrize("id_", ["a b", "a\tb", "a\u00a0b", "a\u2028b", "a+b"])
+def test_an_id_that_no_checkpoint_could_be_signed_with_is_refused(id_: str) -> None:
+    assert problems({"RELAY_AUDIT_KEYS": f"{id_}:{KEY}"}) == [
+        'RELAY_AUDIT_KEYS: an id names its key in checkpoints, so it has no spaces and no "+" (C2SP signed-note)'
+    ]
+    assert Settings.load({"RELAY_ENCRYPTION_KEYS": f"{id_}:{KEY}"}).encryption_keys[0].id == id_
+
+
+def test_every_audit_key_is_read_in_its_order() -> None:
+    settings = Settings.load({"RELAY_AUDIT_KEYS": f"relay.example/2026:{KEY}, \u00e9t\u00e9:{OTHER_KEY}"})
+    assert [(key.id, len(key.key)) for key in settings.audit_keys] == [
+        ("relay.example/2026", 32),
+        ("\u00e9t\u00e9", 32),
+    ]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "s3://bucket",
+        "HTTPS://witness.example",
+        "https://",
+        "https:///checkpoints",
+        "https://user@witness.example",
+        "https://user:password@witness.example/checkpoints",
+        "https://witness.example/#checkpoints",
+        "https://witness.example/a b",
+    ],
+)
+def test_a_place_that_takes_no_checkpoints_is_refused(place: str) -> None:
+    assert problems({"RELAY_AUDIT_CHECKPOINTS": place}) == [
+        "RELAY_AUDIT_CHECKPOINTS: should be a folder, or an https:// URL without user and fragment"
+    ]
+
+
+@pytest.mark.parametrize(
+    "place", ["checkpoints", "/var/lib/relay check", "https://witness.example", "https://[::1]:8443/a@b?token=x"]
+)
+def test_checkpoints_go_to_a_folder_or_a_url(place: str) -> None:
+    for environ in ({}, PRODUCTION):
+        kept = Settings.load(environ | {"RELAY_AUDIT_CHECKPOINTS": place}).audit_checkpoints
+        assert kept is not None
+        assert kept.get_secret_value() == place
+
+
 def test_with_tls_production_may_listen_on_the_network(tmp_path: Path) -> None:
     (tmp_path / "a.pem").touch()
     tls = dict.fromkeys(("RELAY_TLS_CERTIFICATE", "RELAY_TLS_KEY"), str(tmp_path / "a.pem"))
@@ -253,9 +308,11 @@ def test_nothing_secret_is_shown() -> None:
             "RELAY_ENCRYPTION_KEYS": f"k1:{key.decode()}",
             "RELAY_KEY_PEPPERS": f"p1:{key.decode()}",
             "RELAY_HASH_KEY": canary * 3,
+            "RELAY_AUDIT_KEYS": f"a1:{key.decode()}",
+            "RELAY_AUDIT_CHECKPOINTS": f"https://witness.example/?token={canary}",
         }
     )
-    keys = {"encryption_keys", "key_peppers"}
+    keys = {"encryption_keys", "key_peppers", "audit_keys"}
     shown = f"{settings!r} {settings} {settings.encryption_keys} {settings.model_dump_json(exclude=keys)}"
     assert canary not in shown
     assert key.decode() not in shown
@@ -271,10 +328,12 @@ def test_nothing_secret_is_shown_when_it_is_refused() -> None:
             "RELAY_ENCRYPTION_KEYS": f"k1:{canary}",
             "RELAY_KEY_PEPPERS": f"p1:{canary}",
             "RELAY_HASH_KEY": canary,
+            "RELAY_AUDIT_KEYS": f"a1:{canary}",
+            "RELAY_AUDIT_CHECKPOINTS": f"https://{canary}@witness.example",
             "ACTIONS_SIGNING_SECRET": canary,
         }
     )
-    assert len(told) == 6
+    assert len(told) == 8
     assert canary not in "\n".join(told)
 
 

@@ -368,7 +368,7 @@ async def test_a_key_is_refused_where_another_workspace_is_meant(relay: Relay, w
             "AuthService.CreateApiKey", request, other.admin, x_relay_workspace=workspace, x_request_id=workspace
         )
         assert (answer.code, list(answer.violations)) == ("INVALID_ARGUMENT", ["x-relay-workspace"])
-        (event,) = await relay.sql("SELECT * FROM audit_logs WHERE request_id = $1", workspace)
+        (event,) = await relay.sql("SELECT * FROM audit_events WHERE request_id = $1", workspace)
         assert (event["status"], event["workspace_id"]) == ("failed", other.workspace_id)
     assert await relay.sql("SELECT FROM api_keys WHERE name = 'never made'") == []
 
@@ -400,21 +400,21 @@ async def test_refusals_of_users_are_counted_and_not_written_one_by_one(
 ) -> None:
     nobody = issuer.token(issuer.claims(sub="nobody"))
     await relay.app.recorder.flush(everything=True)
-    before = await relay.sql("SELECT id FROM audit_logs WHERE reason = 'ROLE_MISSING'")
+    before = await relay.sql("SELECT id FROM audit_events WHERE reason = 'ROLE_MISSING'")
     for _ in range(20):
         assert (await wire.call("AuthService.ListRoles", key=nobody)).reason == "ROLE_MISSING"
     await relay.app.recorder.flush(everything=True)
     rows = await relay.sql(
         """
-        SELECT workspace_id, actor_type, status, count FROM audit_logs
+        SELECT workspace_id, actor_type, actor_id, status, count FROM audit_events
          WHERE reason = 'ROLE_MISSING' AND action = 'AuthService.ListRoles' AND NOT id = ANY($1)
         """,
         [row["id"] for row in before],
     )
     assert sum(row["count"] for row in rows) == 20
     assert len(rows) <= 2  # or the minute ended
-    assert {(row["workspace_id"], row["actor_type"], row["status"]) for row in rows} == {
-        (UUID(int=0), "unknown", "denied")
+    assert {(row["workspace_id"], row["actor_type"], row["actor_id"], row["status"]) for row in rows} == {
+        (UUID(int=0), "user", f"{issuer.url}#nobody", "denied")
     }
 
 

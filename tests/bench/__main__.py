@@ -1,8 +1,8 @@
 """`make bench`: calls per second and CPU per call, in one run on one machine.
 
 What is compared: a bare grpc.aio echo; WhoAmI through every layer; Execute with a receiver on loopback; and, in this
-process, what deciding on a limit costs. Rounds are interleaved and medians are printed, since machines are noisy: trust
-the ratios and the CPU per call, not the rates.
+process, what deciding on a limit costs, and what giving events their places in the audit log does. Rounds are
+interleaved and medians are printed, since machines are noisy: trust the ratios and the CPU per call, not the rates.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from relay.v1 import auth_pb2
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import decisions
+from tests.bench import decisions, sequencing
 
 CONCURRENCY = 32
 ROUNDS = 5
@@ -163,6 +163,7 @@ def main() -> None:
         relay, (relay_at, key) = stack.enter_context(process("relay", str(Path(folder, "data"))))
         asyncio.run(measure(echo_at, relay_at, key, receiver, [bare, relay]))
     Console(width=100).print(asyncio.run(decisions.measure()))
+    Console(width=100).print(sequencing.measure())
 
 
 main()

@@ -224,6 +224,7 @@ SENT_ONCE = (
     "ResendExecution",
     "ReconcileExecution",
     "RecoverExecutions",
+    "ExportEvents",
     "Approve",
 )
 
@@ -263,6 +264,12 @@ async def call_everything(relay: Any) -> None:
     await run(relay.actions.cancel_recovery, "id")
     await take(relay.actions.watch_execution("id", timeout=30))
     await take(relay.audit.list_events())
+    await run(relay.audit.get_event, "id")
+    await take(relay.audit.export_events(timeout=30))
+    await take(relay.audit.tail_events(timeout=30))
+    await run(relay.audit.get_checkpoint)
+    await run(relay.audit.get_inclusion_proof, "id")
+    await run(relay.audit.get_consistency_proof, 5)
     await run(relay.actions.call, "Approve", actions_pb2.ApproveRequest(preview_id="id"))
 
 
@@ -530,7 +537,7 @@ async def test_what_is_not_safe_to_repeat_is_sent_once(relay: Any, server: Serve
             "RecoverExecutions": (relay.actions.recover_executions, NOON),
             "Approve": (relay.actions.call, "Approve", actions_pb2.ApproveRequest(preview_id="id")),
         }
-        assert set(calls) == set(SENT_ONCE)
+        assert {*calls, "ExportEvents"} == set(SENT_ONCE)  # which is a stream: see below
         for method, (send, *arguments) in calls.items():
             server.received.clear()
             server.tell(method, failure)
@@ -619,6 +626,28 @@ async def test_a_watch_goes_on_where_it_broke_and_tells_nothing_twice(relay: Any
     assert len(server.received) == 4
     first, *others = (received.seconds_left for received in server.received)
     assert max(others) < first - 0.2, "the deadline is of the whole"
+
+
+def told(cursor: str) -> audit_pb2.TailEventsResponse:
+    return audit_pb2.TailEventsResponse(cursor=cursor)
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_tail_goes_on_from_the_last_cursor(relay: Any, server: Server) -> None:
+    server.streams.extend([(told("a"), told("b"), BROKEN), (BROKEN,), (told("b"), told("c"))])
+    assert await take(relay.audit.tail_events(timeout=5)) == [told("a"), told("b"), told("c")]
+    assert [received.request.cursor for received in server.received] == ["", "b", "b"]
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_an_export_that_breaks_off_is_not_whole(relay: Any, server: Server) -> None:
+    server.streams.append((audit_pb2.ExportEventsResponse(chunk=b"one\n"), BROKEN))
+    export = relay.audit.export_events(audit_pb2.EXPORT_FORMAT_CSV, end_time=NOON)
+    assert [piece.chunk for piece in await take(export, 1)] == [b"one\n"]
+    with pytest.raises(errors.Unavailable):
+        await take(export)
+    (received,) = server.received
+    assert (received.request.format, received.request.end_time.ToDatetime(dt.UTC)) == (2, NOON)
 
 
 async def test_a_watch_that_nobody_answers_ends_as_any_other_call(relay: Any, server: Server) -> None:

@@ -106,7 +106,7 @@ async def test_validating_checks_everything_and_makes_nothing(relay: Relay, admi
     assert (would_be.name, would_be.default, dict(would_be.webhook.headers)) == ("validated", True, {"x-a": ""})
     assert await relay.sql("SELECT * FROM connections ORDER BY id") == before
     assert await relay.sql("SELECT * FROM connection_secrets ORDER BY id") == secrets
-    (event,) = await relay.sql("SELECT * FROM audit_logs WHERE reason = 'VALIDATE_ONLY'")
+    (event,) = await relay.sql("SELECT * FROM audit_events WHERE reason = 'VALIDATE_ONLY'")
     assert (event["action"], event["status"], event["target"]) == ("ConnectionsService.CreateConnection", "success", "")
     await admin.connections.create_webhook("taken", receiver.url)
     with pytest.raises(AlreadyExists):

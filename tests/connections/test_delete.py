@@ -45,7 +45,7 @@ async def test_it_is_gone_and_its_executions_stay(relay: Relay, admin: Any, rece
     again = await admin.connections.create_webhook("gone", receiver.url, default=True)
     assert again.id != made.id
     events = await relay.sql(
-        "SELECT * FROM audit_logs WHERE action = 'ConnectionsService.DeleteConnection' ORDER BY id"
+        "SELECT * FROM audit_events WHERE action = 'ConnectionsService.DeleteConnection' ORDER BY id"
     )
     assert [(row["target"], row["status"]) for row in events] == [
         (f"connections/{made.id}", "success"),

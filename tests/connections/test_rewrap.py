@@ -133,7 +133,7 @@ async def test_keys_are_rotated_under_deliveries_and_kills(
                 receiver.verify(connection.signing_secret)
                 assert receiver.requests.pop()[0]["x-n"] == str(i)
         rewrapped = await postgres.fetchval(
-            "SELECT sum(split_part(reason, ' ', 1)::int) FROM audit_logs WHERE action = 'operator.RewrapSecrets'"
+            "SELECT sum(split_part(note, ' ', 1)::int) FROM audit_events WHERE action = 'operator.RewrapSecrets'"
         )
         assert rewrapped == everything
         await postgres.close()

@@ -140,7 +140,7 @@ async def test_a_secret_that_was_moved_signs_nothing(
             await client.actions.cancel_execution(execution.id)
             refused += 1
     assert receiver.requests == []
-    assert "UNSENDABLE" in {row["reason"] for row in await relay.sql("SELECT reason FROM audit_logs")}
+    assert "UNSENDABLE" in {row["reason"] for row in await relay.sql("SELECT reason FROM audit_events")}
     figure(f"{refused} of {refused} moved secrets signed nothing, and each left an event")
 
 

@@ -153,7 +153,7 @@ async def test_validating_tells_what_would_be_and_changes_nothing(relay: Relay, 
     assert (would_be.name, would_be.default, would_be.version) == ("validated", True, 2)
     assert would_be.webhook == WebhookConfiguration(url=ELSEWHERE, headers={"x-b": ""})
     assert await relay.sql(tables) == before
-    events = await relay.sql("SELECT * FROM audit_logs WHERE reason = 'VALIDATE_ONLY'")
+    events = await relay.sql("SELECT * FROM audit_events WHERE reason = 'VALIDATE_ONLY'")
     assert [(row["action"], row["target"]) for row in events] == [
         ("ConnectionsService.UpdateConnection", f"connections/{made.id}")
     ]
@@ -181,7 +181,7 @@ async def test_the_event_names_the_connection(relay: Relay, admin: Any, receiver
     await change(admin, made, "name", name=f"renamed {uuid4()}")
     with pytest.raises(InvalidRequest):
         await change(admin, made, "webhook.headers", webhook={"headers": {"te": "x"}})
-    events = await relay.sql("SELECT * FROM audit_logs WHERE target = $1 ORDER BY id", f"connections/{made.id}")
+    events = await relay.sql("SELECT * FROM audit_events WHERE target = $1 ORDER BY id", f"connections/{made.id}")
     assert [(row["action"].partition(".")[2], row["status"], row["reason"]) for row in events] == [
         ("CreateConnection", "success", ""),
         ("UpdateConnection", "success", ""),

@@ -40,6 +40,6 @@ def events_of(relay: Relay) -> Callable[[str], Awaitable[list[Any]]]:
     """The audit events of one request id."""
 
     async def rows(request_id: str) -> list[Any]:
-        return await relay.sql("SELECT * FROM audit_logs WHERE request_id = $1", request_id)
+        return await relay.sql("SELECT * FROM audit_events WHERE request_id = $1", request_id)
 
     return rows

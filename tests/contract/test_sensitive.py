@@ -11,7 +11,9 @@ from google.protobuf.struct_pb2 import Struct
 from prometheus_client import generate_latest
 from relay.v1 import actions_pb2, auth_pb2, connections_pb2, policy_pb2
 
+from relay_grpc.audit.redaction import names_a_secret
 from relay_grpc.call import Method
+from relay_grpc.interceptors.policy import FILES
 from tests.contract.requests import all_fields, fitting, put
 from tests.harness import Receiver, Relay
 from tests.rpc.wire import METHODS, Answer, Wire
@@ -49,7 +51,7 @@ def planted(field: FieldDescriptor) -> list[Any]:
 
 async def assert_no_leak(relay: Relay, caplog: pytest.LogCaptureFixture, answers: list[Answer]) -> None:
     await relay.app.recorder.flush(everything=True)
-    events = await relay.sql("SELECT to_jsonb(a)::text AS text FROM audit_logs a")
+    events = await relay.sql("SELECT to_jsonb(a)::text AS text FROM audit_events a")
     assert events
     told = {
         "log": caplog.text + "".join(str(vars(record)) for record in caplog.records),
@@ -90,11 +92,29 @@ def test_these_fields_are_sensitive() -> None:
         "CreateConnectionRequest.signing_secret",
         "RotateSecretRequest.signing_secret",
         "WebhookConfiguration.headers",
+        "StartAuthorizationResponse.authorization_url",
         "CompleteAuthorizationRequest.state",
         "CompleteAuthorizationRequest.code",
         "PreviewRequest.parameters",
         "Preview.parameters",
     }
+
+
+# Named like secrets, and none: they are told to whoever may ask for the page or the call.
+NO_SECRETS = {"page_token", "next_page_token"}
+
+
+def test_what_is_named_like_a_secret_is_sensitive() -> None:
+    """In any message of the API. Events mask it either way."""
+    named = {
+        field.full_name: field.GetOptions().Extensions[policy_pb2.sensitive]
+        for file in FILES
+        for message in file.message_types_by_name.values()
+        for field in message.fields
+        if names_a_secret(field.name) and field.name not in NO_SECRETS and field.type == field.TYPE_STRING
+    }
+    assert named
+    assert [name for name, marked in named.items() if not marked] == []
 
 
 async def test_the_main_job_tells_its_secrets_to_nobody(
@@ -127,4 +147,4 @@ async def test_the_main_job_tells_its_secrets_to_nobody(
     await assert_no_leak(relay, caplog, answers)
     for secret in (old.secret, key.secret):
         assert secret not in caplog.text
-        assert not await relay.sql("SELECT FROM audit_logs a WHERE to_jsonb(a)::text LIKE '%' || $1 || '%'", secret)
+        assert not await relay.sql("SELECT FROM audit_events a WHERE to_jsonb(a)::text LIKE '%' || $1 || '%'", secret)

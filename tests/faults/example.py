@@ -199,7 +199,7 @@ class Example(RuleBasedStateMachine):
             )
             events = await postgres.fetch(
                 """
-                SELECT target, action, count(*) FROM audit_logs WHERE workspace_id = $1 AND target LIKE 'executions/%'
+                SELECT target, action, count(*) FROM audit_events WHERE workspace_id = $1 AND target LIKE 'executions/%'
                    AND (action = 'delivery.attempt' OR status = 'success') GROUP BY target, action
                 """,
                 workspace,

@@ -23,7 +23,7 @@ from tests.faults.workload import Workload
 from tests.harness import Databases, Receiver, settings_for
 from tests.processes import ROOT
 
-BEFORE = "0002"  # the revision that the newest one follows
+BEFORE = "0003"  # the revision that the newest one follows
 ACTIONS = 40
 SECRET = b"thirty-two bytes of a secret key"
 

@@ -208,10 +208,10 @@ class Workload:
               UNION ALL SELECT 'delivery.attempt', format('executions/%s: %s', id, attempt_count)
                           FROM action_executions WHERE attempt_count > 0
             ), logged AS (
-              SELECT DISTINCT action, target FROM audit_logs
+              SELECT DISTINCT action, target FROM audit_events
                WHERE action IN ('ActionsService.Preview', 'ActionsService.Execute') AND status = 'success'
               UNION ALL SELECT action, format('%s: %s', target, count(*))
-                          FROM audit_logs WHERE action = 'delivery.attempt' GROUP BY action, target
+                          FROM audit_events WHERE action = 'delivery.attempt' GROUP BY action, target
             )
             SELECT 'no event', * FROM (TABLE made EXCEPT ALL TABLE logged) a
             UNION ALL SELECT 'no action', * FROM (TABLE logged EXCEPT ALL TABLE made) b

@@ -511,6 +511,7 @@ async def test_the_operators_commands_say_what_is_wrong_with_the_settings(databa
     assert [line.split(":")[0].strip() for line in wrong.err.removeprefix("error: ").splitlines()] == [
         "RELAY_ENCRYPTION_KEYS",
         "RELAY_KEY_PEPPERS",
+        "RELAY_AUDIT_KEYS",
         "RELAY_HASH_KEY",
     ]
     assert down.code == 1
@@ -522,7 +523,7 @@ async def test_keygen_makes_what_production_needs(shell: Shell) -> None:
     made = await shell("keygen")
     values_ = dict(line.split("=", 1) for line in made.out.splitlines())
     settings = Settings.load(values_ | {"DATABASE_URL": "postgresql://127.0.0.1/x"})
-    assert len(settings.encryption_keys) == 1
+    assert [len(keys) for keys in (settings.encryption_keys, settings.key_peppers, settings.audit_keys)] == [1, 1, 1]
 
 
 async def test_the_help_tells_exit_codes_and_comes_without_the_server(shell: Shell) -> None:

@@ -32,7 +32,7 @@ class Operator:
 
     async def events(self, workspace_id: object) -> list[tuple[str, ...]]:
         rows = await self.relay.sql(
-            "SELECT action, provider, reason, target, actor_type::text FROM audit_logs"
+            "SELECT action, provider, note, target, actor_type::text FROM audit_events"
             " WHERE workspace_id = $1 AND action ~ 'Halt|Resume' ORDER BY id",
             workspace_id,
         )

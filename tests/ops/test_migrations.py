@@ -62,14 +62,18 @@ async def test_a_key_of_the_first_version_works_after_the_migration(first_versio
         assert [made.name async for made in relay.auth.list_api_keys()] == ["old"]
 
 
-def test_a_data_folder_without_peppers_gets_one_and_keeps_it(data_dir: Path) -> None:
+@pytest.mark.parametrize("missing", [("RELAY_AUDIT_KEYS",), ("RELAY_KEY_PEPPERS", "RELAY_AUDIT_KEYS")])
+def test_a_data_folder_of_an_older_version_gets_what_it_lacks_and_keeps_it(
+    data_dir: Path, missing: tuple[str, ...]
+) -> None:
     path = data_dir / datafolder.KEY_MATERIAL
     old = datafolder.new_key_material()
-    del old["RELAY_KEY_PEPPERS"]
+    for name in missing:
+        del old[name]
     datafolder.write(path, old)
     first, second = settings_for(data_dir), settings_for(data_dir)
-    assert first.key_peppers == second.key_peppers
-    assert len(first.key_peppers) == 1
+    assert (first.key_peppers, first.audit_keys) == (second.key_peppers, second.audit_keys)
+    assert (len(first.key_peppers), len(first.audit_keys)) == (1, 1)
     kept = datafolder.read(path)
     assert kept
     assert kept.items() >= old.items()

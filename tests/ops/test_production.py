@@ -100,7 +100,8 @@ async def test_serve_in_production_from_the_command_line(managed_url: str, tmp_p
         sys.executable, "-m", "relay_grpc", "serve", env=env, stderr=asyncio.subprocess.PIPE
     )
     assert process.stderr is not None
-    line = (await asyncio.wait_for(process.stderr.readline(), 60)).decode()
+    warning, line = [(await asyncio.wait_for(process.stderr.readline(), 60)).decode() for _ in range(2)]
+    assert "RELAY_AUDIT_CHECKPOINTS is not set" in warning
     address = line.split("gRPC on ")[1].split(" ")[0]
 
     def actions_enabled() -> set[bool]:

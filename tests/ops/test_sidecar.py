@@ -51,6 +51,14 @@ FAMILIES = {
     "relay_key_hashes": set(),
     "relay_changes_listening": set(),
     "relay_audit_events": {"outcome"},
+    "relay_audit_integration_seconds": {"le"},
+    "relay_audit_oldest_pending_seconds": set(),
+    "relay_audit_damaged_logs": set(),
+    "relay_audit_unpublished_seconds": set(),
+    "relay_audit_publish_failures": set(),
+    "relay_audit_contradicted_logs": set(),
+    "relay_audit_default_events": set(),
+    "relay_audit_partition_failures": set(),
     "relay_group_commit_size": {"queue", "le"},
 }
 

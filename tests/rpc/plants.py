@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from secrets import token_hex
 from urllib.parse import quote
@@ -14,17 +14,20 @@ from relay_grpc.auth import keys
 class Plants:
     """What was planted, by where. Each secret has a part that is like nothing else, which is what is looked for.
 
-    kept: those that a table may hold, because they are what callers gave to be used or shown.
+    kept: those that a table may hold, because they are what callers gave to be used or shown. shown: those of them that
+    the audit log tells, to whoever may read it, in these places.
     """
 
     where: dict[str, str] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
+    shown: dict[str, frozenset[str]] = field(default_factory=dict)
 
-    def new(self, where: str, *, kept: bool = False) -> str:
+    def new(self, where: str, *, kept: bool = False, shown: Iterable[str] = ()) -> str:
         """A new secret: letters and digits, so that it stays whole in a URL, in JSON and in metadata."""
         secret = self.known(f"canary{token_hex(8)}", where)
         if kept:
             self.kept.add(secret)
+        self.shown[secret] = frozenset(shown)
         return secret
 
     def known(self, secret: str, where: str) -> str:
@@ -46,7 +49,12 @@ class Plants:
         found = []
         for secret, where in self.where.items():
             for form, looks in forms(secret):
-                found += [f"{place}: {secret} ({where}) as {form}" for place, text in places.items() if looks in text]
+                shown = self.shown.get(secret, frozenset())
+                found += [
+                    f"{place}: {secret} ({where}) as {form}"
+                    for place, text in places.items()
+                    if looks in text and place not in shown
+                ]
                 if looks in tables and secret not in self.kept:
                     found.append(f"tables: {secret} ({where}) as {form}")
         return found

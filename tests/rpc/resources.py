@@ -45,6 +45,7 @@ class Kind(StrEnum):
     RECOVERY = auto()
     AUTHORIZATION = auto()  # of methods that are not built yet: nobody has one
     PAGE_TOKEN = auto()
+    CURSOR = auto()  # of a tail
     # New names: what other tenants call theirs is free.
     NEW_CONNECTION = auto()
     NEW_ROLE = auto()
@@ -98,7 +99,7 @@ NAMES: Mapping[str, Mapping[str, Kind]] = {
     "AuditService.ListEvents": {**PAGE, "actor_id": Kind.API_KEY, "request_id": Kind.REQUEST},
     "AuditService.GetEvent": {"id": Kind.EVENT},
     "AuditService.ExportEvents": {},
-    "AuditService.TailEvents": {"cursor": Kind.PAGE_TOKEN},
+    "AuditService.TailEvents": {"cursor": Kind.CURSOR},
     "AuditService.GetCheckpoint": {},
     "AuditService.GetInclusionProof": {"event_id": Kind.EVENT},
     "AuditService.GetConsistencyProof": {},
@@ -231,8 +232,10 @@ class Estate:
                 return str((await self._do("ActionsService.RecoverExecutions", {})).id)
             case Kind.EVENT | Kind.REQUEST:
                 column = {Kind.EVENT: "id", Kind.REQUEST: "request_id"}[kind]
-                query = f"SELECT {column} FROM audit_logs WHERE workspace_id = $1 AND request_id <> ''"
+                query = f"SELECT {column} FROM audit_events WHERE workspace_id = $1 AND request_id <> ''"
                 return str(await self.postgres.fetchval(query, self.tenant.workspace_id))
+            case Kind.CURSOR:
+                return self.standing.get(kind) or await self._cursor()  # an old one: much comes after it
             case Kind.ROLE:
                 insert = "INSERT INTO custom_roles (workspace_id, name, parent, scopes, created_by)"
                 values = "VALUES ($1, $2, 'viewer', '{actions:read}', $2)"
@@ -278,6 +281,11 @@ class Estate:
         values = {"preview_id": await self._preview(), "idempotency_key": idempotency_key}
         return str((await self._do("ActionsService.Execute", values)).id)
 
+    async def _cursor(self) -> str:
+        """Where its log ends now."""
+        tail = await self.wire.call("AuditService.TailEvents", key=self.tenant.admin, most=1)
+        return str(tail.reply.cursor)
+
     async def _unsettled(self, idempotency_key: str, kind: Kind) -> str:
         """An execution in a state that deliveries to tests do not leave it in."""
         execution_id = await self._execute(idempotency_key)
@@ -304,6 +312,7 @@ class Estate:
                 SELECT EXISTS (SELECT FROM action_executions WHERE workspace_id = $1
                                   AND (status = 'executing' OR next_attempt_at <= now()))
                     OR EXISTS (SELECT FROM recoveries WHERE workspace_id = $1 AND completed_at IS NULL)
+                    OR EXISTS (SELECT FROM audit_pending WHERE workspace_id = $1)
                 """,
                 self.tenant.workspace_id,
             )
@@ -321,7 +330,7 @@ class Estate:
             """
         )
         query = " UNION ALL ".join(
-            f"SELECT '{table} ' || (to_jsonb(t) - '{{last_used_at,key_mac,pepper_id}}'::text[])::text AS row"
+            f"SELECT '{table} ' || (to_jsonb(t) - '{{last_used_at,key_mac,pepper_id,hashes}}'::text[])::text AS row"
             f"  FROM {table} t WHERE workspace_id = $1"
             for (table,) in tables
         )
@@ -350,12 +359,12 @@ class Neighbours:
 
 
 @asynccontextmanager
-async def neighbours(url: str, folder: Path) -> AsyncIterator[Neighbours]:
+async def neighbours(url: str, folder: Path, **environ: str) -> AsyncIterator[Neighbours]:
     """On a server of their own, on this database. It takes users' tokens and a proxy's word on whence calls come."""
     async with AsyncExitStack() as stack:
         issuer = await stack.enter_async_context(issuing())
         trusted = {"RELAY_TRUSTED_PROXIES": "127.0.0.0/8", "RELAY_OIDC_ISSUERS": f"{issuer.url} {AUDIENCE}"}
-        relay = await stack.enter_async_context(running(url, settings_for(folder, **trusted)))
+        relay = await stack.enter_async_context(running(url, settings_for(folder, **trusted, **environ)))
         wire = await stack.enter_async_context(wired(relay))
         receiver = await stack.enter_async_context(receiving())
         postgres = await asyncpg.connect(url)

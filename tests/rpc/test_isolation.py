@@ -90,7 +90,7 @@ async def test_a_new_tenant_finds_nothing_but_what_was_made_with_it(two: Neighbo
         names = {one.name async for one in client.auth.list_api_keys()}
         events = {event.id async for event in client.audit.list_events()}
     assert names == {"viewer", "bootstrap admin", "bootstrap developer"}
-    rows = await two.relay.sql("SELECT id FROM audit_logs WHERE workspace_id = $1", tenant.workspace_id)
+    rows = await two.relay.sql("SELECT id FROM audit_events WHERE workspace_id = $1", tenant.workspace_id)
     assert events
     assert events <= {str(row["id"]) for row in rows}
 

@@ -70,7 +70,7 @@ async def behind_a_proxy(databases: Databases, tmp_path_factory: pytest.TempPath
 async def logged_peer(relay: Relay, wire: Wire, forwarded_for: str) -> str:
     request_id = uuid4().hex
     await wire.call("AuditService.ListEvents", x_request_id=request_id, x_forwarded_for=forwarded_for)
-    (row,) = await relay.sql("SELECT peer FROM audit_logs WHERE request_id = $1", request_id)
+    (row,) = await relay.sql("SELECT peer FROM audit_events WHERE request_id = $1", request_id)
     return str(row["peer"])
 
 
@@ -96,7 +96,7 @@ async def test_wrong_keys_are_counted_for_whom_they_come_from_and_not_for_the_pr
         assert (await wire.call("AuthService.WhoAmI", x_forwarded_for="192.0.2.66")).code == "OK"
     await behind_a_proxy.app.recorder.flush(everything=True)
     rows = await behind_a_proxy.sql(
-        "SELECT workspace_id, actor_type, status, reason, sum(count) AS count FROM audit_logs "
+        "SELECT workspace_id, actor_type, status, reason, sum(count) AS count FROM audit_events "
         "WHERE peer = '192.0.2.66' GROUP BY 1, 2, 3, 4 ORDER BY 4"
     )
     assert [tuple(row) for row in rows] == [

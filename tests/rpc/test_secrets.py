@@ -7,8 +7,9 @@ refusal, throttle, rate limit, bad request, database error, timeout, cancellatio
 import asyncio
 import base64
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tests import valkey
 from tests.auth.issuer import AUDIENCE, Issuer, issuing
 from tests.contract.requests import all_fields, fitting, put
 from tests.harness import Databases, Receiver, receiving, settings_for
-from tests.processes import served
+from tests.processes import Server, served, started
 from tests.rpc.plants import Plants, embedded
 from tests.rpc.resources import path
 from tests.rpc.wire import METHODS, Answer, Wire
@@ -41,7 +42,8 @@ GUARDED = ("previews", "api_keys", "connections", "connection_secrets", "action_
 class Stage:
     """A server process, and everything around it.
 
-    admin: a key. http: where the sidecar is. vault: opens what it keeps. told: what came out.
+    admin: a key. http: where the sidecar is. vault: opens what it keeps. another: starts one more server, with these
+    settings. told: what came out.
     """
 
     plants: Plants
@@ -52,6 +54,7 @@ class Stage:
     receiver: Receiver
     issuer: Issuer
     vault: Vault
+    another: Callable[..., AbstractAsyncContextManager[Server]]
     connection_id: str = ""
     answers: list[Answer] = field(default_factory=list)
     told: dict[str, str] = field(default_factory=dict)
@@ -235,7 +238,13 @@ async def bad_request(stage: Stage) -> None:
         message = actions_pb2.PreviewRequest(action="webhook.send", connection_id=stage.connection_id)
         message.parameters.update(parameters)
         assert (await stage.call("bad request", "ActionsService.Preview", message)).code == "INVALID_ARGUMENT"
-    for url in ("http://user:{}@127.0.0.1/", "https://127.0.0.1/#{}", "ftp://{}", "http://{}@{}/", "http://127.1/{}"):
+    for url in (
+        "http://user:{}@127.0.0.1/",
+        "https://127.0.0.1/#{}",
+        "ftp://{}",
+        "http://{}@127.0.0.1/{}",
+        "http://127.1/{}",
+    ):
         secret = new("a URL that is refused")
         message = connections_pb2.CreateConnectionRequest(name=url, webhook={"url": url.replace("{}", secret)})
         answer = await stage.call("bad request", "ConnectionsService.CreateConnection", message)
@@ -319,7 +328,9 @@ async def failing_receivers(stage: Stage) -> None:
     for name in ("refuses", "redirects", "hangs", "breaks", "succeeds"):
         connection_id = await stage.connect(name, f"{base}/{name}")
         states.add((await stage.execute(scene, connection_id)).reply.state)
-    host = f"{stage.plants.new('a host name', kept=True)}.invalid"
+    host = (
+        f"{stage.plants.new('a host name', kept=True, shown=['audit log'])}.invalid"  # of a URL, events tell the origin
+    )
     for name, url in (("nobody listens", "http://127.0.0.1:9/"), ("no such name", f"http://{host}/")):
         states.add((await stage.execute(scene, await stage.connect(name, url))).reply.state)
     assert states == {actions_pb2.EXECUTION_STATE_PENDING, actions_pb2.EXECUTION_STATE_SUCCESS}
@@ -402,14 +413,16 @@ async def staged(url: str, folder: Path, module: str = "relay_grpc") -> AsyncIte
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, agent))
             admin = made.keys["admin"]
             vault = Vault({key.id: key.key for key in settings_for(folder, **environ).encryption_keys})
-            stage = Stage(plants, Wire(channel, admin), http_address, admin, postgres, receiver, issuer, vault)
+            another = partial(started, url, folder, module=module, **environ)
+            wire = Wire(channel, admin)
+            stage = Stage(plants, wire, http_address, admin, postgres, receiver, issuer, vault, another)
             yield stage
             stage.told["keys in Redis"] = str(list(redis.client.scan_iter()))
             redis.kill()
             await stage.call("Redis is lost", "AuthService.WhoAmI")
             async with aiohttp.ClientSession() as client, client.get(f"http://{http_address}/metrics") as answer:
                 stage.told["metrics"] = await answer.text()
-        rows = await postgres.fetch("SELECT to_jsonb(a)::text AS row FROM audit_logs a")
+        rows = await postgres.fetch("SELECT to_jsonb(a)::text AS row FROM audit_events a")
         stage.told["audit log"] = "\n".join(row["row"] for row in rows)
         stage.told["errors"] = "\n".join(f"{one.text} {one.status} {one.trailing}" for one in stage.answers)
         stage.told["spans"] = b"\n".join(body for _, body in collector.requests).decode("latin-1")

@@ -15,6 +15,7 @@ from relay_grpc.interceptors.policy import methods
 from tests.harness import Relay
 
 METHODS = {method.name: method for method in methods().values()}
+ENDLESS = {"AuditService.TailEvents"}
 DETAILS = (
     error_details_pb2.ErrorInfo,
     error_details_pb2.BadRequest,
@@ -29,7 +30,10 @@ INTERNALS = re.compile(
 
 @dataclass(frozen=True)
 class Answer:
-    """How a call ended. status: the google.rpc.Status that came with an error; None: gRPC itself refused the call."""
+    """How a call ended. status: the google.rpc.Status that came with an error; None: gRPC itself refused the call.
+
+    replies: what came before the end, whatever that was.
+    """
 
     code: str
     text: str = ""
@@ -81,25 +85,38 @@ class Wire:
         method: Method | str,
         request: Message | bytes = b"",
         key: str | None = None,
-        timeout: float = 30,
+        timeout: float | None = None,
+        most: int | None = None,
         **metadata: str,
     ) -> Answer:
-        """key: "" sends none. timeout: seconds. metadata: names with _ for -."""
+        """key: "" sends none. metadata: names with _ for -.
+
+        timeout: seconds; None: 30, or 1 for what ends only with it. most: replies after which the caller goes away.
+        """
         method = METHODS[method] if isinstance(method, str) else method
         key = self._key if key is None else key
+        timeout = timeout or (1 if method.name in ENDLESS and most is None else 30)
         headers = [("authorization", f"Bearer {key}")] if key else []
         headers += [(name.replace("_", "-"), value) for name, value in metadata.items()]
         kind = self._channel.unary_stream if method.streams else self._channel.unary_unary
         send: Any = kind(method.path, response_deserializer=method.output_type.FromString)
         content = request if isinstance(request, bytes) else request.SerializeToString()
         call = send(content, metadata=headers, timeout=timeout)
+        replies: list[Any] = []
         try:
-            replies = [reply async for reply in call] if method.streams else [await call]
+            if not method.streams:
+                replies.append(await call)
+            else:
+                async for reply in call:
+                    replies.append(reply)
+                    if len(replies) == most:
+                        call.cancel()
+                        return Answer("OK", "", replies)
         except grpc.aio.AioRpcError as error:
             trailing: dict[str, Any] = dict(error.trailing_metadata() or ())
             packed = trailing.pop("grpc-status-details-bin", None)
             status = None if packed is None else status_pb2.Status.FromString(packed)
-            return Answer(error.code().name, error.details() or "", [], trailing, status)
+            return Answer(error.code().name, error.details() or "", replies, trailing, status)
         return Answer("OK", "", replies, dict(await call.trailing_metadata()))
 
 
