@@ -21,7 +21,14 @@ async def test_an_action_is_previewed_executed_delivered_signed_and_recorded(rel
         assert receiver.requests[0][1] == b'{"amount":5,"to":"a@b.example"}'
         receiver.verify(connection.signing_secret)
 
-        assert await client.actions.get_execution(execution.id) == execution
+        as_it_is = await client.actions.get_execution(execution.id)
+        assert [event.action for event in as_it_is.events] == [
+            "ActionsService.Preview",
+            "ActionsService.Execute",
+            "delivery.attempt",
+        ]
+        as_it_is.ClearField("events")  # it alone tells them
+        assert as_it_is == execution
         assert [attempt.status_code async for attempt in client.actions.list_attempts(execution.id)] == [200]
         events = [
             (event.action, event.outcome)
