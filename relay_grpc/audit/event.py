@@ -104,7 +104,7 @@ def leaf_of(row: Any) -> dict[str, Any]:
     return {
         "id": str(row["id"]),
         "workspace_id": str(row["workspace_id"]),
-        "event_time": row["created_at"].strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "event_time": row["created_at"].isoformat(timespec="microseconds").replace("+00:00", "Z"),
         "actor_type": row["actor_type"],
         "action": row["action"],
         "catalogue_action": row["action_type"],

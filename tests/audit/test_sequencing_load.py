@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 
-from relay_grpc.audit import sequencer, store
+from relay_grpc.audit import sequencer, store, tree_store
 from relay_grpc.audit.event import Event
 from relay_grpc.jobs import Jobs
 from relay_grpc.telemetry import Metrics
 from tests.audit.sequencing import Logs, assert_sound, logs_of
-from tests.harness import Databases
+from tests.harness import Databases, Receiver, Relay
 
 WRITERS = 50
 WORKSPACES = 5
@@ -24,7 +25,10 @@ WORKSPACES = 5
 async def test_writers_hardly_notice_it_and_events_have_their_places_soon(
     databases: Databases, long: bool, figure: Callable[[str], None]
 ) -> None:
-    """Rounds with the sequencer and without it in turns; each writer commits every event for itself, as calls do."""
+    """Rounds with the sequencer and without it in turns; each writer commits every event for itself, and does no more.
+
+    The worst case: the process and its Postgres have nothing to do but events. What callers notice is the next test's.
+    """
     each, pairs = (200, 7) if long else (30, 5)
     workspaces = [uuid4() for _ in range(WORKSPACES)]
     async with databases.new() as url, logs_of(url) as logs:
@@ -45,9 +49,59 @@ async def test_writers_hardly_notice_it_and_events_have_their_places_soon(
         f"{WRITERS * each / statistics.median(seconds for seconds, _ in with_it):,.0f} events/s; "
         f"lag p99 below {lag} s; {events} events, 0 gaps, 0 forks"
     )
-    assert rate >= (0.9 if long else 0.5)  # rounds of a second are at the mercy of whatever else runs
+    assert rate >= (0.7 if long else 0.5)  # rounds of a second are at the mercy of whatever else runs
     assert share >= 0.7
     assert lag <= 2
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+async def test_callers_hardly_notice_it(
+    relay: Relay, receiver: Receiver, long: bool, figure: Callable[[str], None]
+) -> None:
+    """The same with calls that write an event each, through the API. Whoever holds its lock keeps the sequencer off."""
+    each, pairs = (200, 5) if long else (10, 3)
+    tenant = await relay.new_tenant()
+    holder = await asyncpg.connect(relay.url)
+
+    async def waiting() -> bool:
+        return bool(await holder.fetchval("SELECT EXISTS (SELECT FROM audit_pending)"))
+
+    with_it, without = [], []
+    async with relay.connect(tenant.developer) as client, relay.connect(tenant.admin) as admin:
+        await admin.connections.create_webhook("target", receiver.url, default=True)
+
+        async def writer() -> None:
+            for _ in range(each):
+                await client.actions.preview("webhook.send", {"payload": {}})
+
+        await asyncio.gather(*(client.actions.preview("webhook.send", {"payload": {}}) for _ in range(WRITERS)))
+        for pair in range(pairs):
+            for sequenced in (True, False) if pair % 2 else (False, True):
+                while await waiting():
+                    await asyncio.sleep(0.05)
+                if not sequenced:
+                    await holder.execute("SELECT pg_advisory_lock($1)", tree_store.SEQUENCER_LOCK)
+                started = time.perf_counter()
+                await asyncio.gather(*(writer() for _ in range(WRITERS)))
+                (with_it if sequenced else without).append(time.perf_counter() - started)
+                if not sequenced:
+                    await holder.execute("SELECT pg_advisory_unlock($1)", tree_store.SEQUENCER_LOCK)
+        while await waiting():
+            await asyncio.sleep(0.05)
+        indices = await holder.fetch(
+            "SELECT leaf_index FROM audit_leaves WHERE workspace_id = $1 ORDER BY 1", tenant.workspace_id
+        )
+    await holder.close()
+    assert [row["leaf_index"] for row in indices] == list(range(len(indices)))
+    assert len(indices) > 2 * pairs * WRITERS * each
+    took = [base / added for base, added in zip(without, with_it, strict=True)]
+    figure(
+        f"{WRITERS} callers, {each} Previews each, {pairs} rounds with it and {pairs} without: "
+        f"{statistics.median(took):.2f} of the rate without it ({', '.join(f'{one:.2f}' for one in took)}); "
+        f"{WRITERS * each / statistics.median(with_it):,.0f} calls/s; {len(indices)} events, 0 gaps, 0 forks"
+    )
+    assert statistics.median(took) >= (0.9 if long else 0.5)
 
 
 async def round_of(logs: Logs, workspaces: list[UUID], each: int, *, sequenced: bool) -> tuple[float, float]:
